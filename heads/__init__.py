@@ -1,0 +1,1 @@
+"""Heads: decoders and whole dense-prediction networks, one published design per file."""

@@ -1,0 +1,85 @@
+"""Which implementation of an operator runs: an explicit choice, or the first that can take the tensors.
+
+An operator ``op`` has one module per backend, ``vmamba.kernels.<op>_<backend>``, with a function
+``why_not(*tensors) -> str | None``: None where it can take these tensors, else the reason in plain words.
+
+Precedence: the ``backend=`` argument, ``with use_backend(...)``, the environment variable ``VMAMBA_BACKEND``,
+automatic. An explicit choice never falls back: it raises with the reason and with what would work.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+
+_forced: list[str] = []
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on one backend: ``cuda``, ``triton``, ``cpu`` or ``reference``.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType:
+    """The module that runs ``operator`` on ``tensors``; ``requested`` is the caller's choice or an empty string."""
+    explicit = requested or (_forced[-1] if _forced else os.environ.get("VMAMBA_BACKEND", ""))
+    present = [t for t in tensors if t is not None]
+    if not explicit:
+        return next(_module(operator, name) for name in available(operator) if why_not(operator, name, *present) is None)
+    reason = why_not(operator, _known(explicit), *present)
+    if reason is None:
+        return _module(operator, explicit)
+    working = [name for name in available(operator) if why_not(operator, name, *present) is None]
+    raise RuntimeError(f"{operator}: backend {explicit!r} cannot run here: {reason}; these can: {', '.join(working)}")
+
+
+def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:
+    """Why backend ``name`` cannot run ``operator`` on ``tensors``; None where it can."""
+    if name not in available(operator):
+        return f"{operator} has no {name!r} implementation (it has {', '.join(available(operator))})"
+    device = tensors[0].device.type
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device not in DEVICES.get(name, (device,)) and not interpreted:
+        return f"it needs tensors on {' or '.join(DEVICES[name])}, these are on {device}"
+    try:
+        return _module(operator, name).why_not(*tensors)
+    except ImportError as error:
+        return f"{error.name or error} is not installed"
+
+
+@cache
+def available(operator: str) -> tuple[str, ...]:
+    """The backends that ``operator`` is implemented for, in order of preference."""
+    return tuple(name for name in ORDER if find_spec(f"{__package__}.{operator}_{name}"))
+
+
+def operators() -> list[str]:
+    """Names of the operators that have backends."""
+    return ["causal_conv1d", "selective_scan"]
+
+
+def _module(operator: str, name: str) -> ModuleType:
+    return import_module(f"{__package__}.{operator}_{name}")
+
+
+def _known(name: str) -> str:
+    if name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(ORDER)}")
+    return name

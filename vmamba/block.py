@@ -1,0 +1,111 @@
+"""The parts that pyramid backbones share: residual block, stems, downsampling. Maps are channels-last, (b, h, w, c)."""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-5
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); both branches share one stochastic-depth rate.
+
+    Args:
+        dim: channels c.
+        mixer: builds the token mixer, ``mixer(dim, device=..., dtype=...)``: (b, h, w, c) -> (b, h, w, c).
+        mlp_ratio: hidden width of the MLP over c; 0 leaves the MLP out.
+        drop_path: probability of dropping a branch for a sample.
+    """
+
+    def __init__(self, dim: int, *, mixer: Callable, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, EPS, **dd)
+        self.mixer = mixer(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if mlp_ratio > 0:
+            self.norm2 = nn.LayerNorm(dim, EPS, **dd)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        else:
+            self.norm2 = self.mlp = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, h, w, c)"""
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution over channels-last maps, (b, h, w, c) -> (b, h', w', c')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, h', w', c')"""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchStem(nn.Module):
+    """Stride 4 in one step: a 4x4 convolution and a norm."""
+
+    def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = Conv2d(in_chans, dim, 4, 4, **dd)
+        self.norm1 = nn.LayerNorm(dim, EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, floor(h / 4), floor(w / 4), dim)"""
+        return self.norm1(self.conv1(x))
+
+
+class ConvStem(nn.Module):
+    """Stride 4 in two steps: 3x3 convolutions with stride 2, each with a norm, GELU between them."""
+
+    def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
+        self.norm1 = nn.LayerNorm(dim // 2, EPS, **dd)
+        self.act = nn.GELU()
+        self.conv2 = Conv2d(dim // 2, dim, 3, 2, 1, **dd)
+        self.norm2 = nn.LayerNorm(dim, EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, ceil(h / 4), ceil(w / 4), dim)"""
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
+
+
+class PatchMerging(nn.Module):
+    """Stride 2: the four pixels of each 2x2 patch side by side, norm, linear (Swin; odd maps are padded with zeros)."""
+
+    def __init__(self, dim: int, out_dim: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * dim, EPS, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, ceil(h / 2), ceil(w / 2), out_dim)"""
+        h, w = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
+        patches = [x[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        return self.reduction(self.norm(torch.cat(patches, -1)))
+
+
+class ConvDownsample(nn.Module):
+    """Stride 2: a 3x3 convolution and a norm."""
+
+    def __init__(self, dim: int, out_dim: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = Conv2d(dim, out_dim, 3, 2, 1, **dd)
+        self.norm = nn.LayerNorm(out_dim, EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, ceil(h / 2), ceil(w / 2), out_dim)"""
+        return self.norm(self.conv(x))

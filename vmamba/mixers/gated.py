@@ -1,0 +1,57 @@
+"""What the two-dimensional mixers share: project, convolve, activate, scan, norm, gate, project."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vmamba.block import EPS, Conv2d
+
+
+class GatedMixer(nn.Module):
+    """(b, h, w, c) -> (b, h, w, c) around :meth:`scan_map`, which a mixer defines.
+
+    Args:
+        dim: channels c of the map.
+        inner: channels d inside.
+        conv: size of the depthwise convolution; 1 leaves it out.
+        conv_bias: whether that convolution has a bias.
+        gate: activation of the gate branch (``nn.SiLU``), or None for no gate.
+        act: activation after the convolution.
+        norm: builds the output norm, ``norm(d, device=..., dtype=...)``, on channels-last maps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        inner: int,
+        *,
+        conv: int = 3,
+        conv_bias: bool = True,
+        gate: Callable[[], nn.Module] | None = nn.SiLU,
+        act: Callable[[], nn.Module] = nn.SiLU,
+        norm: Callable[..., nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
+        self.conv = Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd) if conv > 1 else nn.Identity()
+        self.act = act()
+        self.norm = nn.LayerNorm(inner, EPS, **dd) if norm is None else norm(inner, **dd)
+        self.gate = None if gate is None else gate()
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def scan_map(self, x: Tensor) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d), float32 or wider."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, h, w, c)"""
+        x = self.in_proj(x)
+        z = None
+        if self.gate is not None:
+            x, z = x.chunk(2, -1)
+        y = self.scan_map(self.act(self.conv(x)))
+        y = self.norm(y.to(self.out_proj.weight.dtype))
+        return self.out_proj(y if z is None else y * self.gate(z))

@@ -1,0 +1,130 @@
+"""The zoo: every network by name, from the tables at the end of the files in ``models/`` and ``heads/``."""
+
+import difflib
+import fnmatch
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+Rename = tuple[str, "str | Callable | tuple"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Published weights of a variant: where they are, and the ImageNet-1k accuracy reported for them in percent."""
+
+    url: str
+    top1: float | None = None
+    input_size: int = 224
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named network: its class, the published settings, weights and origin."""
+
+    name: str
+    cls: type[nn.Module]
+    settings: Mapping[str, Any]
+    weights: Weights | None
+    paper: str
+    origin: str
+    license: str
+    timm: Mapping[str, Any] | None
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(
+    cls: type[nn.Module],
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    keys: Sequence[Rename],
+    weights: Mapping[str, Weights] | None = None,
+    paper: str,
+    origin: str,
+    license: str,
+    timm: Mapping[str, Any] | None = None,
+) -> None:
+    """Add the ``variants`` of ``cls`` to the zoo.
+
+    Args:
+        cls: the network's class; takes every key of a variant as a keyword.
+        variants: published settings by name.
+        keys: renames from the official checkpoint's names to ours, in order.
+        weights: published weights by name.
+        paper: arXiv number. origin: where the original lives. license: of the original weights.
+        timm: further fields of timm's pretrained configuration; None keeps the network out of timm's registry.
+    """
+    cls.official_keys = keys
+    for name, settings in variants.items():
+        if name in _entries:
+            raise ValueError(f"{name!r} is registered twice, by {_entries[name].cls.__name__} and {cls.__name__}")
+        _entries[name] = Entry(name, cls, settings, (weights or {}).get(name), paper, origin, license, timm)
+
+
+def entries() -> dict[str, Entry]:
+    """All networks by name."""
+    for folder in ("vmamba.models", "vmamba.heads"):
+        for module in pkgutil.iter_modules(import_module(folder).__path__):
+            import_module(f"{folder}.{module.name}")
+    return _entries
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the networks that match a shell pattern, sorted; a word without wildcards matches inside names."""
+    pattern = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    return sorted(fnmatch.filter(entries(), pattern))
+
+
+def find(name: str) -> Entry:
+    """The entry of ``name``.
+
+    Raises:
+        ValueError: there is none; the message has near matches.
+    """
+    known = entries()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(known))}"
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    return known[name]
+
+
+def create_model(name: str, *, pretrained: "bool | str" = False, **overrides) -> nn.Module:
+    """Build a network of the zoo with its published settings.
+
+    Args:
+        name: one of :func:`list_models`; with ``_backbone`` at the end of a backbone's name, the feature pyramid that
+            detectors and segmentors use (:class:`vmamba.pyramid.Pyramid`).
+        pretrained: True for the published weights, or the path of a checkpoint in any known layout.
+        **overrides: settings to change, such as ``num_classes=10`` or ``scan="raster"``.
+
+    Raises:
+        ValueError: the name is unknown, or there are no published weights; TypeError: an override is unknown.
+    """
+    from vmamba.checkpoint import load_checkpoint
+
+    base = name.removesuffix("_backbone")
+    if base != name and name not in entries():
+        from vmamba.pyramid import Pyramid
+
+        pyramid = {key: overrides.pop(key) for key in ("out_indices", "norm") if key in overrides}
+        model = Pyramid(create_model(base, pretrained=pretrained is True, num_classes=0, **overrides), **pyramid)
+    else:
+        entry = find(name)
+        if pretrained is True and entry.weights is None:
+            raise ValueError(f"{name} has no published weights; give a checkpoint's path as pretrained=...")
+        if entry.timm is not None:
+            import timm
+
+            model = timm.create_model(name, pretrained=pretrained is True, **overrides)
+        else:
+            model = entry.cls(**{**entry.settings, **overrides})
+    if isinstance(pretrained, str):
+        load_checkpoint(model, pretrained)
+    return model

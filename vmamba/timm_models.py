@@ -1,0 +1,54 @@
+"""Registers the zoo's backbones in timm: ``timm.create_model(name)`` works after ``import vmamba``."""
+
+import sys
+from types import ModuleType
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from vmamba.checkpoint import convert
+from vmamba.registry import Entry, entries
+
+
+def register_all() -> None:
+    """Make a timm entry point of every backbone, in the module of its class."""
+    backbones = [entry for entry in entries().values() if entry.timm is not None]
+    for module in {sys.modules[entry.cls.__module__] for entry in backbones}:
+        mine = [entry for entry in backbones if entry.cls.__module__ == module.__name__]
+        module.default_cfgs = generate_default_cfgs({f"{entry.name}.in1k": _cfg(entry) for entry in mine})
+        for entry in mine:
+            _register(entry, module)
+
+
+def _cfg(entry: Entry) -> dict:
+    size = entry.weights.input_size if entry.weights else 224
+    return {
+        "url": entry.weights.url if entry.weights else "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "license": entry.license,
+        "origin_url": entry.origin,
+        "paper_ids": f"arXiv:{entry.paper}",
+        **(entry.timm or {}),
+    }
+
+
+def _register(entry: Entry, module: ModuleType) -> None:
+    def build(pretrained=False, **kwargs):
+        return build_model_with_cfg(
+            entry.cls,
+            entry.name,
+            pretrained,
+            pretrained_filter_fn=convert,
+            feature_cfg={"out_indices": tuple(range(len(entry.settings["depths"]))), "feature_cls": "getter"},
+            **{**entry.settings, **kwargs},
+        )
+
+    build.__name__ = build.__qualname__ = entry.name
+    build.__module__ = module.__name__
+    build.__doc__ = f"{entry.name} (arXiv:{entry.paper})"
+    setattr(module, entry.name, register_model(build))
