@@ -7,9 +7,10 @@ input of the encoder stage at its own resolution before expansion, as in the pub
 from collections.abc import Sequence
 from functools import partial
 
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from vmamba.backbone import Stage, stochastic_depth
+from vmamba.backbone import Stage
 from vmamba.block import EPS, Block, PatchMerging, PatchStem
 from vmamba.mixers.ss2d import SS2D
 from vmamba.models.vmamba import BLOCK_KEYS
@@ -73,8 +74,10 @@ class VMUNet(nn.Module):
 
         down = [nn.Identity(), *(PatchMerging(a, b) for a, b in zip(dims, dims[1:], strict=False))]
         up = [nn.Identity(), *(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))]
-        rates = stochastic_depth(drop_path_rate, depths)
-        rates_decoder = [r[::-1] for r in stochastic_depth(drop_path_rate, depths_decoder[::-1])[::-1]]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        rates_decoder = [
+            r[::-1] for r in calculate_drop_path_rates(drop_path_rate, depths_decoder[::-1], stagewise=True)[::-1]
+        ]
         self.stem = PatchStem(in_chans, dims[0])
         self.encoder = nn.ModuleList(map(stage, down, dims, rates))
         self.decoder = nn.ModuleList(map(stage, up, dims[::-1], rates_decoder))
@@ -90,7 +93,9 @@ class VMUNet(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(b, in_chans or 1, h, w) -> (b, num_classes, h, w), before the sigmoid of the one-class network."""
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(f"height and width must be multiples of {self.stride}, got {tuple(x.shape[-2:])}; pad the image")
+            raise ValueError(
+                f"height and width must be multiples of {self.stride}, got {tuple(x.shape[-2:])}; pad the image"
+            )
         x = x.expand(-1, self.in_chans, -1, -1) if x.shape[1] == 1 else x
         x = self.stem(x.permute(0, 2, 3, 1))
         skips = []

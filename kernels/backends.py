@@ -42,7 +42,9 @@ def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType
     explicit = requested or (_forced[-1] if _forced else os.environ.get("VMAMBA_BACKEND", ""))
     present = [t for t in tensors if t is not None]
     if not explicit:
-        return next(_module(operator, name) for name in available(operator) if why_not(operator, name, *present) is None)
+        return next(
+            _module(operator, name) for name in available(operator) if why_not(operator, name, *present) is None
+        )
     reason = why_not(operator, _known(explicit), *present)
     if reason is None:
         return _module(operator, explicit)

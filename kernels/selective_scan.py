@@ -4,6 +4,8 @@ Two forms of one operator: :func:`selective_scan` with mamba-ssm's arguments, (b
 channels-last routes, (b, k, l, d), which is what 2D scans produce. Equation: see ``selective_scan_reference``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias)
     b, d, length = u.shape
     n = A.shape[1]
-    k = max(d if t.ndim == 2 else t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
+    k = math.lcm(_groups(B), _groups(C))
 
     def rows(t: Tensor | None) -> Tensor | None:  # (b, d, l) -> (b, k, l, d / k)
         return None if t is None else t.unflatten(1, (k, -1)).transpose(2, 3)
@@ -89,9 +91,7 @@ def route_scan(
     Returns:
         y, (b, k, l, d), in float32 (float64 for float64 inputs), so that sums over routes lose nothing.
     """
-    return torch.ops.vmamba.selective_scan(
-        u, delta, A, B, C, D, None, delta_bias, delta_softplus, backend or ""
-    )[0]
+    return torch.ops.vmamba.selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus, backend or "")[0]
 
 
 @torch.library.custom_op("vmamba::selective_scan", mutates_args=())
@@ -164,13 +164,28 @@ def _gradients(ctx, dy, dlast, dstates):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+def _groups(t: Tensor) -> int:
+    """Groups of channels with their own B or C: every channel for a constant (d, n), one for (b, n, l)."""
+    return {2: t.shape[0], 3: 1, 4: t.shape[1]}[t.ndim]
+
+
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
-    b, d, length = u.shape
     if A.is_complex():
-        raise ValueError(f"A must be real, got {A.dtype}; split a complex A into real and imaginary states")
-    expected = {"A": (A, (d, "n")), "D": (D, (d,)), "z": (z, (b, d, length))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and (tensor.ndim != len(shape) or tuple(tensor.shape)[: len(shape) - (name == "A")] != tuple(s for s in shape if s != "n")):
-            raise ValueError(f"{name} must be {shape} for u {tuple(u.shape)}, got {tuple(tensor.shape)}")
-    if delta.shape[0] != b or delta.shape[2] != length or d % delta.shape[1]:
-        raise ValueError(f"delta must be (b, d, l) or (b, d', l) with d' dividing d={d}, got {tuple(delta.shape)}")
+        raise ValueError(f"A must be real, got {A.dtype}; a complex A of n states is not supported")
+    b, d, length = u.shape
+    n = A.shape[-1]
+    maps = [(d, n), (b, n, length), *((b, g, n, length) for g in range(1, d + 1) if d % g == 0)]
+    rates = [r for r in range(1, d + 1) if d % r == 0]
+    allowed = {
+        "delta": (delta, [(b, r, length) for r in rates]),
+        "A": (A, [(d, n)]),
+        "B": (B, maps),
+        "C": (C, maps),
+        "D": (D, [(d,)]),
+        "z": (z, [(b, d, length)]),
+        "delta_bias": (delta_bias, [(r,) for r in rates]),
+    }
+    for name, (tensor, shapes) in allowed.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            found = f"got {tuple(tensor.shape)} for u (b, d, l) = {tuple(u.shape)} and {n} states"
+            raise ValueError(f"{name} must be {' or '.join(map(str, shapes[:3]))}, {found}")

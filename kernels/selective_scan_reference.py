@@ -28,25 +28,27 @@ def reference(u, delta, A, B, C, D=None, z=None, bias=None, softplus=False):
     state = u.new_zeros(u.shape[0], *A.shape)  # (b, k, d, n)
     ys, states = [], []
     for t in range(u.shape[2]):
-        if t % CHUNK == 0:
-            states.append(state)
+        states.append(state)
         step = delta[:, :, t, :, None]  # (b, k, d, 1)
         state = torch.exp(step * A) * state + step * u[:, :, t, :, None] * B[:, :, t, None]
         ys.append((state * C[:, :, t, None]).sum(-1))
     y = torch.stack(ys, 2)
     y = y if D is None else y + u * D.to(dtype)[:, None]
-    return y if z is None else y * F.silu(z.to(dtype)), state, torch.stack(states, 2)
+    return y if z is None else y * F.silu(z.to(dtype)), state, torch.stack(states[::CHUNK], 2)
 
 
-def forward(*args):
+def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     """y, last state, states before each chunk; the tensors as in :func:`reference`."""
     return reference(*args)
 
 
 def backward(dy: Tensor, states: Tensor, softplus: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, bias (None where the input is None) by automatic differentiation."""
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        y = reference(*leaves, softplus)[0]
-        grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
+    present = [t for t in tensors if t is not None]
+
+    def y_of(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        return reference(*(None if t is None else next(given) for t in tensors), softplus)[0]
+
+    grads = iter(torch.func.vjp(y_of, *present)[1](dy))
     return tuple(None if t is None else next(grads) for t in tensors)

@@ -22,9 +22,7 @@ def reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     return y if D is None else y + x * D[:, None]
 
 
-def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, chunk: int = 64
-) -> Tensor:
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, chunk: int = 64) -> Tensor:
     """Scan k routes of l steps with m heads of p channels and n states.
 
     Args:

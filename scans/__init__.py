@@ -38,7 +38,9 @@ def find_routes(scan: "str | Routes") -> Routes:
     if "." not in scan and scan not in names:
         near = difflib.get_close_matches(scan, names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown scan {scan!r}{hint}; choose from {', '.join(names)}, or give a function or 'pkg.module'")
+        raise ValueError(
+            f"unknown scan {scan!r}{hint}; choose from {', '.join(names)}, or give a function or 'pkg.module'"
+        )
     module = import_module(scan if "." in scan else f"{__name__}.{scan}")
     if not hasattr(module, "routes"):
         raise ValueError(f"scan module {scan!r} has no function routes(h, w) -> (k, l)")

@@ -20,7 +20,9 @@ class Block(nn.Module):
         drop_path: probability of dropping a branch for a sample.
     """
 
-    def __init__(self, dim: int, *, mixer: Callable, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self, dim: int, *, mixer: Callable, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, EPS, **dd)

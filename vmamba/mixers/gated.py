@@ -36,7 +36,11 @@ class GatedMixer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
-        self.conv = Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd) if conv > 1 else nn.Identity()
+        self.conv = (
+            Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd)
+            if conv > 1
+            else nn.Identity()
+        )
         self.act = act()
         self.norm = nn.LayerNorm(inner, EPS, **dd) if norm is None else norm(inner, **dd)
         self.gate = None if gate is None else gate()

@@ -20,13 +20,24 @@ class SS2D(GatedMixer):
         dim: channels c; the scan runs on d = expand * c channels.
         state: states n per channel.
         expand: d / c.
+        rank: rank r of the projection that delta goes through; ceil(c / 16) by default.
         scan: a scan's name, ``"package.module"``, or a function ``routes(h, w) -> (k, l)``.
         **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``device``, ``dtype`` of :class:`GatedMixer`.
     """
 
-    def __init__(self, dim: int, *, state: int = 16, expand: float = 2.0, scan: "str | Callable" = "cross", **gated):
-        inner, self.rank, self.state = int(expand * dim), math.ceil(dim / 16), state
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        expand: float = 2.0,
+        rank: int | None = None,
+        scan: "str | Callable" = "cross",
+        **gated,
+    ):
+        inner = int(expand * dim)
         super().__init__(dim, inner, **gated)
+        self.rank, self.state = rank or math.ceil(dim / 16), state
         dd = {"device": gated.get("device"), "dtype": gated.get("dtype")}
         self.scan = Scan(scan)
         k = self.scan.count

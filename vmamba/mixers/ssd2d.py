@@ -18,9 +18,10 @@ class SSD2D(GatedMixer):
     """Per route: dt, B and C are linear in the pixel, each head decays with one scalar, all routes are summed.
 
     Args:
-        dim: channels c; the scan runs on d = expand * c channels in ceil(c / 16) heads.
+        dim: channels c; the scan runs on d = expand * c channels.
         state: states n, shared by the heads of a route.
         expand: d / c.
+        heads: heads that the d channels divide into; ceil(c / 16) by default.
         scan: a scan's name, ``"package.module"``, or a function ``routes(h, w) -> (k, l)``.
         **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``device``, ``dtype`` of :class:`GatedMixer`.
 
@@ -28,10 +29,19 @@ class SSD2D(GatedMixer):
         ValueError: d is not a multiple of the number of heads.
     """
 
-    def __init__(self, dim: int, *, state: int = 64, expand: float = 1.0, scan: "str | Callable" = "cross", **gated):
-        inner, heads = int(expand * dim), math.ceil(dim / 16)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 64,
+        expand: float = 1.0,
+        heads: int | None = None,
+        scan: "str | Callable" = "cross",
+        **gated,
+    ):
+        inner, heads = int(expand * dim), heads or math.ceil(dim / 16)
         if inner % heads:
-            raise ValueError(f"{inner} inner channels do not divide into {heads} heads (one per 16 of {dim} channels)")
+            raise ValueError(f"{inner} inner channels (expand {expand} of {dim}) do not divide into {heads} heads")
         super().__init__(dim, inner, **gated)
         dd = {"device": gated.get("device"), "dtype": gated.get("dtype")}
         self.heads, self.state, self.scan = heads, state, Scan(scan)

@@ -7,9 +7,10 @@ MLP) and m2 (state-space duality in place of the selective scan; no published we
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from timm.layers import calculate_drop_path_rates
 from torch import nn
 
-from vmamba.backbone import Backbone, Stage, stochastic_depth
+from vmamba.backbone import Backbone, Stage
 from vmamba.block import Block, ConvDownsample, ConvStem, PatchMerging, PatchStem
 from vmamba.mixers.ss2d import SS2D
 from vmamba.mixers.ssd2d import SSD2D
@@ -48,7 +49,7 @@ class VMamba(Backbone):
         dd = self._dd
         channels = [dim * 2**i for i in range(len(depths))]
         stages = []
-        for i, rates in enumerate(stochastic_depth(drop_path_rate, depths)):
+        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
             down = downsample(channels[i - 1], channels[i], **dd) if i else nn.Identity()
             build = partial(Block, channels[i], mixer=partial(mixer, scan=scan), mlp_ratio=mlp_ratio, **dd)
             stages.append(Stage(down, [build(drop_path=rate) for rate in rates]))
