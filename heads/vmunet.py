@@ -1,11 +1,12 @@
-"""VM-UNet: Vision Mamba UNet for Medical Image Segmentation (arXiv:2402.02491). Original: JCruan519/VM-UNet, Apache-2.0.
+"""VM-UNet (Vision Mamba UNet for Medical Image Segmentation, arXiv:2402.02491). Code: JCruan519/VM-UNet, Apache-2.0.
 
-A U-Net of gated VMamba blocks: patch merging down, patch expanding up, additive skips. The skip of a decoder stage is the
-input of the encoder stage at its own resolution before expansion, as in the published weights.
+A U-Net of gated VMamba blocks: patch merging down, patch expanding up, additive skips. A decoder stage adds the input
+of the encoder stage at the resolution it starts from, before it expands: this is how the published weights are wired.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class VMUNet(nn.Module):
         scan: str = "cross",
     ):
         super().__init__()
-        if any(b != 2 * a for a, b in zip(dims, dims[1:], strict=False)):
+        if any(b != 2 * a for a, b in pairwise(dims)):
             raise ValueError(f"dims must double from stage to stage, got {tuple(dims)}")
         self.in_chans, self.num_classes, self.stride = in_chans, num_classes, 4 * 2 ** (len(dims) - 1)
         block = partial(Block, mixer=partial(SS2D, state=state, scan=scan), mlp_ratio=0.0)
@@ -72,7 +73,7 @@ class VMUNet(nn.Module):
         def stage(change: nn.Module, dim: int, rates: list[float]) -> Stage:
             return Stage(change, [block(dim, drop_path=rate) for rate in rates])
 
-        down = [nn.Identity(), *(PatchMerging(a, b) for a, b in zip(dims, dims[1:], strict=False))]
+        down = [nn.Identity(), *(PatchMerging(a, b) for a, b in pairwise(dims))]
         up = [nn.Identity(), *(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))]
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         rates_decoder = [

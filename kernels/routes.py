@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Table(NamedTuple):
-    """Routes (k, l) over p rows, and where each row is visited, (v, p)."""
+    """Routes (k, l) over p rows, where each row is visited, (v, p), and whether a zero is read in either direction."""
 
     routes: Tensor
     inverse: Tensor
+    padded: bool
 
 
 def table_of(routes: Tensor, rows: int) -> Table:
@@ -36,7 +38,8 @@ def table_of(routes: Tensor, rows: int) -> Table:
     row, step = row[real], step[real]
     inverse = torch.full((max(int(visits.max()), 1), rows), flat.numel())
     inverse[torch.arange(row.numel()) - first[row], row] = step
-    return Table(routes.contiguous(), inverse)
+    padded = bool((flat == rows).any() or (inverse == flat.numel()).any())
+    return Table(routes.contiguous(), inverse, padded)
 
 
 def gather(x: Tensor, table: Table) -> Tensor:
@@ -49,38 +52,41 @@ def merge(y: Tensor, table: Table) -> Tensor:
     return torch.ops.vmamba.route_merge(y, *table)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (any shape) of x (b, p, d); p stands for a zero row."""
-    flat = index.reshape(-1)
-    found = x.index_select(1, flat.clamp(max=x.shape[1] - 1))
-    found.mul_((flat < x.shape[1])[:, None]) if bool((flat == x.shape[1]).any()) else None
-    return found.unflatten(1, index.shape)
+def _rows(x: Tensor, index: Tensor, padded: bool) -> Tensor:
+    """Rows ``index`` (any shape) of x (b, p, d); where ``padded``, p stands for a zero row."""
+    x = F.pad(x, (0, 0, 0, 1)) if padded else x
+    return x.index_select(1, index.reshape(-1)).unflatten(1, index.shape)
 
 
 @torch.library.custom_op("vmamba::route_gather", mutates_args=())
-def _gather(x: Tensor, routes: Tensor, inverse: Tensor) -> Tensor:
-    return _rows(x, routes)
+def _gather(x: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
+    return _rows(x, routes, padded)
 
 
 @torch.library.custom_op("vmamba::route_merge", mutates_args=())
-def _merge(y: Tensor, routes: Tensor, inverse: Tensor) -> Tensor:
-    visits = _rows(y.flatten(1, 2), inverse)
+def _merge(y: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
+    visits = _rows(y.flatten(1, 2), inverse, padded)
     return visits.sum(1, dtype=torch.promote_types(y.dtype, torch.float32)).to(y.dtype)
 
 
 @_gather.register_fake
-def _(x, routes, inverse):
+def _(x, routes, inverse, padded):
     return x.new_empty(x.shape[0], *routes.shape, x.shape[2])
 
 
 @_merge.register_fake
-def _(y, routes, inverse):
+def _(y, routes, inverse, padded):
     return y.new_empty(y.shape[0], inverse.shape[1], y.shape[3])
 
 
 def _keep_table(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.padded = inputs[3]
 
 
-_gather.register_autograd(lambda ctx, g: (_merge(g, *ctx.saved_tensors), None, None), setup_context=_keep_table)
-_merge.register_autograd(lambda ctx, g: (_gather(g, *ctx.saved_tensors), None, None), setup_context=_keep_table)
+def _transposed(operator):
+    return lambda ctx, grad: (operator(grad, *ctx.saved_tensors, ctx.padded), None, None, None)
+
+
+_gather.register_autograd(_transposed(_merge), setup_context=_keep_table)
+_merge.register_autograd(_transposed(_gather), setup_context=_keep_table)

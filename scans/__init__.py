@@ -63,10 +63,10 @@ class Scan:
         return f"Scan({self.name!r})"
 
     def table(self, h: int, w: int, device: "torch.device | str" = "cpu", *, per_route: bool = False) -> Table:
-        """The index tables of an (h, w) grid; with ``per_route`` for maps (b, h, w, k, d) where route k reads slot k."""
-        h, w = range(h).stop, range(w).stop  # a table belongs to one size: this makes torch.compile specialise on it
+        """The index tables of an (h, w) grid; ``per_route`` for maps (b, h, w, k, d) where route k reads slot k."""
+        h, w = range(h).stop, range(w).stop  # plain numbers: compiling specialises on the size
         key = self.routes, h, w, torch.device(device), per_route
-        return Table(_routes(*key), _inverse(*key))
+        return Table(_routes(*key), _inverse(*key), _padded(*key))
 
     def split(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, k, l, d): the map read along each route."""
@@ -93,6 +93,11 @@ def _inverse(*key) -> Tensor:
     return _table(*key).inverse
 
 
+@torch.compiler.assume_constant_result
+def _padded(*key) -> bool:
+    return _table(*key).padded
+
+
 @lru_cache(maxsize=512)
 def _table(routes: Routes, h: int, w: int, device: torch.device, per_route: bool) -> Table:
     with torch.device("cpu"):
@@ -103,4 +108,5 @@ def _table(routes: Routes, h: int, w: int, device: torch.device, per_route: bool
             slot = torch.arange(k)[:, None]
             order = torch.where(order == pixels, pixels * k, order * k + slot)
             pixels = pixels * k
-        return Table(*(t.to(device) for t in table_of(order, pixels)))
+        table = table_of(order, pixels)
+    return Table(table.routes.to(device), table.inverse.to(device), table.padded)

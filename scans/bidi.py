@@ -1,4 +1,4 @@
-"""Four routes, two row by row and two backwards: the ablation without columns (VMamba, arXiv:2401.10166, "bidi-scan")."""
+"""Four routes, two row by row and two backwards: without columns (VMamba's ablation "bidi-scan", arXiv:2401.10166)."""
 
 from torch import Tensor
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests import goldens
 
 import vmamba
+from tests import goldens
 
 NETWORKS = [name for name in goldens.names() if name.removesuffix("_backbone") in vmamba.registry.entries()]
 TOLERANCE = 1e-5  # of an output's standard deviation; reached: 3e-14

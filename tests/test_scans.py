@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests import goldens
 
+from tests import goldens
 from vmamba.kernels.routes import table_of
 from vmamba.scans import Scan, list_scans
 
@@ -16,7 +16,7 @@ PUBLISHED = {"cross2d": "cross", "unidi": "unidi", "bidi": "bidi", "rot2d": "rot
 class TestEveryScan:
     def test_table(self, name, grid):
         h, w = grid
-        routes, inverse = Scan(name).table(h, w)
+        routes, inverse, _ = Scan(name).table(h, w)
         assert routes.shape[0] == Scan(name).count and routes.ndim == 2
         assert routes.min() >= 0 and routes.max() <= h * w
         visits = torch.bincount(routes.flatten(), minlength=h * w + 1)[: h * w]

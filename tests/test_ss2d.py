@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from tests import goldens
 from torch import nn
 from torch.nn import functional as F
 
+from tests import goldens
 from vmamba.block import Conv2d
 from vmamba.checkpoint import load_checkpoint
 from vmamba.mixers.ss2d import SS2D
@@ -71,10 +71,8 @@ def test_mode(name):
     load_checkpoint(block.double(), {f"mixer.{key}": value for key, value in goldens.fill_state(case).items()})
     (x,) = goldens.case_inputs(case)
     expected = torch.tensor(case["outputs"]["y"]["values"], dtype=torch.float64).view(case["outputs"]["y"]["shape"])
-    if config["channel_first"]:
-        y = block["mixer"](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    else:
-        y = block["mixer"](x)
+    y = block["mixer"](x.permute(0, 2, 3, 1) if config["channel_first"] else x)
+    y = y.permute(0, 3, 1, 2) if config["channel_first"] else y
     assert (y - expected).abs().max() < 1e-10 * expected.std()
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests import goldens
 from torch.nn import functional as F
 
+from tests import goldens
 from vmamba.kernels.ssd import reference, ssd
 
 CASES = [c for c in goldens.load("op_ssd")["cases"] if "initial_states" not in c["inputs"]]

@@ -1,0 +1,77 @@
+"""Which backend runs: precedence of the choices, and that an explicit one works or raises with a reason."""
+
+import pytest
+import torch
+
+import vmamba
+from vmamba.kernels import backends
+from vmamba.kernels.selective_scan import selective_scan
+
+
+def scan(**options):
+    torch.manual_seed(0)
+    u, delta = torch.randn(1, 2, 5), torch.rand(1, 2, 5)
+    return selective_scan(u, delta, -torch.rand(2, 3), torch.randn(1, 3, 5), torch.randn(1, 3, 5), **options)
+
+
+def chosen(requested=""):
+    return backends.choose("selective_scan", requested, torch.zeros(1)).__name__.rsplit("_", 1)[-1]
+
+
+def test_automatic_choice_asks_the_tensor():
+    assert chosen() == "cpu"
+
+
+def test_precedence(monkeypatch):
+    monkeypatch.setenv("VMAMBA_BACKEND", "reference")
+    assert chosen() == "reference"
+    with vmamba.use_backend("cpu"):
+        assert chosen() == "cpu"
+        with vmamba.use_backend("reference"):
+            assert chosen() == "reference"
+            assert chosen("cpu") == "cpu"
+        assert chosen() == "cpu"
+    assert chosen() == "reference"
+
+
+def test_backends_agree():
+    assert torch.allclose(scan(backend="reference"), scan(backend="cpu"), atol=1e-6)
+
+
+def test_explicit_choice_never_falls_back():
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run here: .*cuda.*; these can: cpu, reference"):
+        scan(backend="triton")
+    with pytest.raises(RuntimeError, match="has no 'cuda' implementation"):
+        scan(backend="cuda")
+
+
+@pytest.mark.parametrize("use", [lambda: scan(backend="cup"), lambda: vmamba.use_backend("cup").__enter__()])
+def test_unknown_backend(use):
+    with pytest.raises(ValueError, match="unknown backend 'cup'; choose from cuda, triton, cpu, reference"):
+        use()
+
+
+def test_a_missing_package_is_a_reason(monkeypatch):
+    def missing(name):
+        raise ImportError(name="numba")
+
+    monkeypatch.setattr(backends, "import_module", missing)
+    assert backends.why_not("selective_scan", "cpu", torch.zeros(1)) == "numba is not installed"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"A": (3, 3)}, r"A must be \(2, 3\)"),
+        ({"B": (1, 4, 5)}, "B must be"),
+        ({"C": (2, 3, 5)}, "C must be"),
+        ({"D": (3,)}, r"D must be \(2,\)"),
+        ({"z": (1, 2, 4)}, "z must be"),
+        ({"delta": (1, 3, 5)}, "delta must be"),
+        ({"delta_bias": (5,)}, "delta_bias must be"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    shapes = {"u": (1, 2, 5), "delta": (1, 2, 5), "A": (2, 3), "B": (1, 3, 5), "C": (1, 3, 5)} | change
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**{name: torch.zeros(shape) for name, shape in shapes.items()})
