@@ -1,0 +1,94 @@
+"""The Triton scan on a CUDA GPU against the float64 reference: ``make test-gpu`` (``-s`` prints the table of errors).
+
+Errors are ||got - reference|| / ||reference||. The reference sees the same rounded inputs, so y (float32) must be right
+to float32 in every type, and gradients to the rounding of their own type.
+"""
+
+import pytest
+import torch
+
+from vmamba.kernels import selective_scan_reference, selective_scan_triton
+
+pytestmark = pytest.mark.gpu
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "bias")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half types: about 2 roundings
+FLOAT32 = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def scan_inputs(length, n, dtype, *, b=2, k=2, d=40, device="cuda"):
+    generator = torch.Generator(device).manual_seed(length * 100 + n)
+
+    def normal(*size):
+        return torch.randn(size, device=device, generator=generator)
+
+    rows = [normal(b, k, length, d), normal(b, k, length, d), normal(b, k, length, n), normal(b, k, length, n)]
+    u, delta, B, C, z = (t.to(dtype) for t in (*rows, normal(b, k, length, d)))
+    return u, delta, -torch.exp(0.5 * normal(k, d, n)), B, C, normal(k, d), z, 0.5 * normal(k, d) - 2
+
+
+def errors(got, expected):
+    return [float((g.double() - e).norm() / e.norm().clamp(min=1e-30)) for g, e in zip(got, expected, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("n", [1, 4, 16, 64])
+@pytest.mark.parametrize("length", [1, 7, 63, 196, 1000, 3136])
+def test_values_and_gradients(length, n, dtype):
+    tensors = scan_inputs(length, n, dtype)
+    dy = torch.randn_like(tensors[0], dtype=torch.float32)
+    exact = [t.double() for t in tensors]
+    expected = selective_scan_reference.forward(*exact, True)
+    got = selective_scan_triton.forward(*tensors, True)
+    values = errors(got, expected)
+    gradients = errors(
+        selective_scan_triton.backward(dy, got[2], True, *tensors),
+        selective_scan_reference.backward(dy.double(), expected[2], True, *exact),
+    )
+    figures = " ".join(f"{e:.0e}" for e in (values[0], *gradients))
+    print(f"\n| {length} | {n} | {str(dtype)[6:]} | {figures.replace(' ', ' | ')} |", end=" ")
+    assert max(values[:2]) < FLOAT32
+    assert errors(got[2][:, :, 1:], expected[2][:, :, 1:])[0] < FLOAT32 if length > 64 else not got[2].any()
+    for name, error, tensor in zip(NAMES, gradients, tensors, strict=True):
+        assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("segments", sorted({s for _, s in selective_scan_triton.SEGMENTS}))
+def test_every_tile(segments, monkeypatch):
+    monkeypatch.setattr(selective_scan_triton, "SEGMENTS", ((float("inf"), segments),))
+    for length, n in ((63, 1), (300, 5)):
+        test_values_and_gradients(length, n, torch.float32)
+        test_values_and_gradients(length, n, torch.bfloat16)
+
+
+@pytest.mark.parametrize("d", [1, 5, 33, 384])
+def test_two_runs_are_equal_to_the_bit(d):
+    tensors = scan_inputs(196, 4, torch.bfloat16, d=d)
+    runs = []
+    for _ in range(2):
+        y, last, states = selective_scan_triton.forward(*tensors, True)
+        runs.append((y, last, states, *selective_scan_triton.backward(y, states, True, *tensors)))
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_float64():
+    tensors = [t.double() for t in scan_inputs(196, 4, torch.float32)]
+    expected = selective_scan_reference.forward(*tensors, True)
+    got = selective_scan_triton.forward(*tensors, True)
+    assert max(errors(got, expected)) < 1e-12
+    gradients = selective_scan_triton.backward(got[0], got[2], True, *tensors)
+    assert max(errors(gradients, selective_scan_reference.backward(got[0], got[2], True, *tensors))) < 1e-12
+
+
+def test_runs_on_the_device_of_its_tensors():
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    tensors = [t.to(device) for t in scan_inputs(70, 4, torch.float32)]
+    y, _, states = selective_scan_triton.forward(*tensors, True)
+    assert errors([y], selective_scan_reference.forward(*[t.double() for t in tensors], True)[:1])[0] < FLOAT32
+    assert {str(g.device) for g in selective_scan_triton.backward(y, states, True, *tensors)} == {device}
