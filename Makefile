@@ -1,0 +1,58 @@
+# make demo and make test set everything up from nothing; they need Python 3.10 or newer, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PINS := setup.cfg constraints.txt
+OLD := vmamba needs Python 3.10 or newer; choose one with make PYTHON=/path/to/python3. Found
+ARGS ?=
+
+.PHONY: help demo test test-gpu lint format bench clean distclean
+
+help:
+	@echo "make demo      segment an MRI with VM-UNet, from a bare machine"
+	@echo "make test      all tests (ARGS=... goes to pytest)"
+	@echo "make test-gpu  the tests that need a CUDA GPU"
+	@echo "make lint      ruff and pyright;  make format: ruff repairs what it can"
+	@echo "make bench     time the scans"
+	@echo "make clean     remove what the above wrote;  make distclean: $(VENV) too"
+
+demo: $(VENV)/.medical
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m vmamba.tools.demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.medical
+	$(BIN)/python -m vmamba.tools.bench_scan $(ARGS)
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache lightning_logs
+	find . -name $(VENV) -prune -o -name __pycache__ -type d -print -prune | xargs rm -rf
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(OLD) no '$(PYTHON)'." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("$(OLD) %d.%d." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.medical $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.python
+	@echo "installing vmamba[$*] into $(VENV); the first time this takes minutes and about 6 GB"
+	$(PIP) pip setuptools
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@

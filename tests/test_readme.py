@@ -1,0 +1,56 @@
+"""The README's programme runs, its table says what the zoo says, and its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests import goldens
+from vmamba.registry import entries
+from vmamba.tools.cli import parser
+from vmamba.tools.info import describe
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| `")]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_programme():
+    (code,) = blocks("python")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (1, 10)
+    assert [tuple(m.shape) for m in names["maps"]] == [(1, 192, 28, 28), (1, 768, 7, 7)]
+    assert names["y"].shape == (1, 14, 14, 96)
+
+
+def test_table_has_every_network():
+    assert sorted(row[0].strip("`") for row in ROWS) == sorted(entries())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip("`"))
+def test_row(row):
+    name, _, parameters, multiply_adds, top1, weights = row
+    name = name.strip("`")
+    facts, entry = describe(name, [224]), entries()[name]
+    assert float(parameters) == pytest.approx(facts["parameters"] / 1e6, abs=0.05)
+    assert float(multiply_adds) == pytest.approx(facts["multiply_adds"] / 1e9, abs=0.005)
+    assert weights.startswith("download") == (entry.weights is not None)
+    if entry.weights:
+        assert float(top1) == entry.weights.top1
+    if name in goldens.names():
+        published = goldens.load(name).get("paper", {}).get("imagenet1k_top1")
+        assert top1 == (str(published) if published else "")
+
+
+def test_commands():
+    lines = [
+        line.split("  #")[0] for block in blocks("sh") for line in block.splitlines() if line.startswith("vmamba ")
+    ]
+    assert len(lines) >= 7
+    for line in lines:
+        assert callable(parser().parse_args(shlex.split(line)[1:]).run)

@@ -1,0 +1,84 @@
+"""vmamba info: size, cost, shapes and origin of one network."""
+
+import argparse
+import json
+from typing import Any
+
+from vmamba.errors import UserError
+from vmamba.tools.zoo import add_command, entry_of, parameters, skeleton
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds ``info``."""
+    text = "parameters, multiply-adds, strides, channels and weights of a network"
+    parser = add_command(subparsers, "info", text, "vmamba info vmamba_tiny_s1l8 --input-size 384 512")
+    parser.add_argument("name", help="a name of vmamba list, or a backbone's with _backbone at its end")
+    parser.add_argument(
+        "--input-size", type=int, nargs="+", metavar="N", help="height and width counted for (default: published)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """vmamba info"""
+    facts = describe(args.name, args.input_size)
+    print(json.dumps(facts, indent=2) if args.json else _text(facts))
+    return 0
+
+
+def describe(name: str, input_size: "list[int] | None" = None) -> dict[str, Any]:
+    """What ``vmamba info`` prints; ``input_size`` is [n] or [height, width], the published one by default.
+
+    Raises:
+        UserError: the name is unknown, or the network does not take that size.
+    """
+    from vmamba.flops import CONVENTION, count
+
+    entry, model = entry_of(name), skeleton(name)
+    size = input_size or [entry.weights.input_size if entry.weights else 224]
+    if len(size) > 2 or min(size) < 1:
+        raise UserError(f"--input-size takes one or two positive numbers, got {' '.join(map(str, size))}")
+    height, width = size[0], size[-1]
+    channels = getattr(model, "in_chans", 3)
+    try:
+        cost = count(model, (1, channels, height, width))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{name} does not take images of {height} x {width}: {str(error).splitlines()[0]}") from error
+    weights = entry.weights
+    return {
+        "name": name,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "parameters": parameters(model),
+        "input": [channels, height, width],
+        "multiply_adds": sum(cost.values()),
+        "multiply_adds_by_kind": cost,
+        "convention": CONVENTION,
+        "strides": list(getattr(model, "strides", ())),
+        "channels": list(getattr(model, "channels", ())),
+        "weights": {"url": weights.url, "top1": weights.top1, "license": entry.license} if weights else None,
+        "paper": f"https://arxiv.org/abs/{entry.paper}",
+        "origin": entry.origin,
+        "in_timm": entry.timm is not None and name == entry.name,
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    cost, weights = facts["multiply_adds_by_kind"], facts["weights"]
+    shares = ", ".join(f"{kind} {n / 1e9:.3f} G" for kind, n in sorted(cost.items(), key=lambda item: -item[1]))
+    top1 = f", ImageNet-1k top-1 {weights['top1']} % as published" if weights and weights["top1"] else ""
+    rows = {
+        facts["name"]: facts["class"],
+        "parameters": f"{facts['parameters']:,}",
+        "multiply-adds": f"{facts['multiply_adds'] / 1e9:.3f} G for an image of {' x '.join(map(str, facts['input']))}",
+        "": shares,
+        "convention": facts["convention"],
+        "strides": ", ".join(map(str, facts["strides"])),
+        "channels": ", ".join(map(str, facts["channels"])),
+        "weights": f"{weights['url']} ({weights['license']}){top1}" if weights else "none linked",
+        "paper": facts["paper"],
+        "original": facts["origin"],
+        "timm": f'timm.create_model("{facts["name"]}") after import vmamba' if facts["in_timm"] else "",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in rows.items() if value)
