@@ -1,0 +1,109 @@
+"""What a run writes while it trains (metrics.csv) and how it keeps to its time."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_only
+
+from vmamba.medical.module import Segmenter
+
+
+class MetricsFile(Callback):
+    """One row an epoch in metrics.csv; a resumed run drops the rows after its checkpoint and goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.start = path, 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the epoch's clock."""
+        self.start = time.perf_counter()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Appends the epoch's figures."""
+        assert isinstance(pl_module, Segmenter)
+        metrics = trainer.callback_metrics
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "train_loss": float(metrics["train_loss_epoch"]),
+            "val_dice": float(metrics["val_dice"]),
+            **pl_module.history,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": round(time.perf_counter() - self.start, 2),
+        }
+        rows = (
+            [r for r in read_metrics(self.path) if int(r["epoch"]) <= trainer.current_epoch]
+            if self.path.exists()
+            else []
+        )
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, one dictionary an epoch."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Budget(Callback):
+    """Ends the training after ``seconds``; where they are too few for the plan, the cosine follows the clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.start = seconds, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Tells the schedule the share of the time that is over, and stops when all is."""
+        assert isinstance(pl_module, Segmenter)
+        share = (time.perf_counter() - self.start) / self.seconds
+        pl_module.time_share = trainer.strategy.broadcast(share)  # one clock for all processes
+        trainer.should_stop = trainer.should_stop or pl_module.time_share >= 1
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says so if the time was too short for the plan."""
+        if trainer.should_stop and trainer.is_global_zero:
+            print(f"{self.seconds / 60:g} min were over in epoch {trainer.current_epoch} of {trainer.max_epochs}")
+
+
+class Keep(ModelCheckpoint):
+    """RUN/NAME.ckpt after each epoch, or after those where ``monitor`` is highest so far; the folder may move."""
+
+    def __init__(self, run: Path, name: str, monitor: str | None) -> None:
+        super().__init__(
+            run, name, monitor=monitor, mode="max", save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        self.path = str(run.resolve() / f"{name}.ckpt")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the score to beat from a checkpoint, wherever its folder was."""
+        score = state_dict["best_model_score"]
+        if self.monitor and score is not None:
+            self.best_model_score = self.kth_value = score
+            self.best_model_path = self.kth_best_model_path = self.path
+            self.best_k_models = {self.path: score}
+
+
+class Bar(TQDMProgressBar):
+    """One bar for the run's training batches, none for validation."""
+
+    def init_validation_tqdm(self) -> Any:
+        """A bar that is never drawn."""
+        return Tqdm(disable=True)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Loss and Dice without the version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        shown = {"train_loss_step": "loss", "val_dice": "val Dice"}
+        return {shown[k]: v for k, v in metrics.items() if k in shown}

@@ -1,0 +1,163 @@
+"""Images and labels as stacks of slices, through MONAI's readers; masks written back with the input's geometry.
+
+A NIfTI volume (x, y, z[, c]) is cut along ``axis``; a 2D image is a stack of one slice.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from monai.data.image_reader import NibabelReader, PILReader
+from PIL import Image
+
+from vmamba.errors import UserError
+from vmamba.medical.cases import is_volume
+
+_AS_RGB = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "PA": "RGB"}
+
+
+def read_image(paths: Sequence[Path], axis: int) -> np.ndarray:
+    """Slices (s, c, h, w) float32 of the channel files of one case; UserError names the file at fault."""
+    stacks = []
+    for path in paths:
+        raw = _read_volume(path) if is_volume(path) else _read_picture(path, colour=True)
+        stacks.append(_finite(_slices(raw, path, axis).astype(np.float32), path))
+        if stacks[-1].shape[::2] + stacks[-1].shape[3:] != stacks[0].shape[::2] + stacks[0].shape[3:]:
+            raise UserError(f"{path}: size {_size(stacks[-1])} differs from {paths[0].name}, {_size(stacks[0])}")
+    return np.concatenate(stacks, axis=1)  # (s, c, h, w)
+
+
+def read_label(path: Path, axis: int) -> np.ndarray:
+    """Slices (s, h, w) int64 of a label file, values as stored; UserError if they are not whole or not one channel."""
+    raw = _read_volume(path) if is_volume(path) else _read_picture(path, colour=False)
+    stack = _finite(_slices(raw, path, axis), path)
+    if stack.shape[1] > 1 and (stack == stack[:, :1]).all():
+        stack = stack[:, :1]
+    if stack.shape[1] != 1:
+        raise UserError(f"{path}: a label with {stack.shape[1]} channels; expected one channel of class numbers")
+    whole = np.rint(stack).astype(np.int64)
+    if np.abs(whole - stack).max(initial=0) > 1e-4:
+        bad = stack[np.abs(whole - stack) > 1e-4][0]
+        raise UserError(f"{path}: label value {bad:g} is not a whole number; expected classes 0, 1, 2, ...")
+    return whole[:, 0]
+
+
+def check_pair(image: np.ndarray, label: np.ndarray, images: Sequence[Path], label_path: Path) -> None:
+    """UserError unless image (s, c, h, w) and label (s, h, w) agree in size and, for NIfTI, in voxel spacing."""
+    if image.shape[::2] + image.shape[3:] != label.shape:
+        raise UserError(f"{label_path}: size {_size(label[:, None])} differs from {images[0]}, {_size(image)}")
+    if is_volume(images[0]) and is_volume(label_path):
+        a, b = (np.array(_load(p).header.get_zooms()[:3], float) for p in (images[0], label_path))
+        if not np.allclose(a, b, rtol=1e-3):
+            raise UserError(
+                f"{label_path}: spacing {_mm(b)} differs from {images[0]}, {_mm(a)}; resample one to the other"
+            )
+
+
+def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
+    """Writes ``mask`` (s, h, w) as uint8 (uint16 above 255) in the geometry of the input ``like``, atomically."""
+    data = mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        if is_volume(like):
+            source = _load(like)
+            full = restore(data, like, axis)
+            header = source.header.copy()
+            header.set_data_dtype(full.dtype)
+            header.set_slope_inter(1, 0)
+            header["cal_min"], header["cal_max"] = 0, 0
+            nibabel.save(nibabel.Nifti1Image(full, source.affine, header), partial)
+        else:
+            Image.fromarray(data[0]).save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_affine(path: Path) -> np.ndarray:
+    """The 4 x 4 matrix from voxels to millimetres of a NIfTI file."""
+    return np.asarray(_load(path).affine)
+
+
+def restore(stack: np.ndarray, like: Path, axis: int) -> np.ndarray:
+    """A stack (s, h, w) or (k, s, h, w) in the orientation and shape of the input ``like``."""
+    if not is_volume(like):
+        return stack[..., 0, :, :]
+    lead = stack.ndim - 3
+    full = np.moveaxis(stack, lead, lead + axis)
+    shape = _load(like).shape
+    return full.reshape(*full.shape[:lead], *shape[:3]) if len(shape) < 3 else full
+
+
+def _load(path: Path) -> Any:
+    try:
+        return NibabelReader().read(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_volume(path: Path) -> np.ndarray:
+    image = _load(path)
+    if not isinstance(image, nibabel.Nifti1Image):
+        raise UserError(f"{path}: read as {type(image).__name__}; expected NIfTI")
+    try:
+        data = np.asanyarray(image.dataobj)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if data.dtype.names:
+        data = np.stack([data[name] for name in data.dtype.names], axis=-1)
+    if data.ndim == 2:
+        data = data[:, :, None]
+    if data.ndim == 5 and data.shape[3] == 1:
+        data = data[:, :, :, 0]
+    if data.ndim not in (3, 4) or 0 in data.shape:
+        raise UserError(f"{path}: shape {tuple(data.shape)}; expected a volume (x, y, z) or (x, y, z, channels)")
+    return data if data.ndim == 4 else data[..., None]  # (x, y, z, c)
+
+
+def _read_picture(path: Path, colour: bool) -> np.ndarray:
+    def convert(image: Any) -> Any:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise UserError(f"{path}: holds {frames} pages; expected one (a stack can come as NIfTI)")
+        return image.convert(_AS_RGB[image.mode]) if image.mode in _AS_RGB and (colour or image.mode != "P") else image
+
+    try:
+        reader = PILReader(converter=convert, reverse_indexing=False)
+        data = np.asarray(reader.get_data(reader.read(path))[0])
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if data.dtype == bool:
+        data = data.astype(np.uint8) * 255
+    return data[None] if data.ndim == 3 else data[None, ..., None]  # (1, h, w, c)
+
+
+def _slices(raw: np.ndarray, path: Path, axis: int) -> np.ndarray:
+    return np.moveaxis(np.moveaxis(raw, axis if is_volume(path) else 0, 0), -1, 1)  # (s, c, h, w)
+
+
+def _finite(stack: np.ndarray, path: Path) -> np.ndarray:
+    bad = int(np.count_nonzero(~np.isfinite(stack)))
+    if bad:
+        raise UserError(f"{path}: {bad} of {stack.size} values are NaN or infinite; replace them, with 0 for example")
+    return stack
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    size = path.stat().st_size if path.exists() else 0
+    return UserError(f"{path}: cannot be read ({size} bytes; {reason}); is it complete and really {path.suffix}?")
+
+
+def _size(stack: np.ndarray) -> str:
+    s, _, h, w = stack.shape
+    return f"{h} x {w}" + (f", {s} slices" if s > 1 else "")
+
+
+def _mm(zooms: np.ndarray) -> str:
+    return " x ".join(f"{z:g}" for z in zooms) + " mm"

@@ -1,0 +1,152 @@
+"""Training: Lightning's loop over the prepared slices, and the run folder it leaves behind."""
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+
+from vmamba.errors import UserError
+from vmamba.medical import mri
+from vmamba.medical.callbacks import Bar, Budget, Keep, MetricsFile, read_metrics
+from vmamba.medical.data import SliceData
+from vmamba.medical.module import Segmenter
+from vmamba.medical.plots import save_curves
+from vmamba.medical.prepare import Prepared, prepare
+from vmamba.medical.quiet import quiet
+from vmamba.medical.runs import check_run, clear_run, write_json
+from vmamba.medical.spec import Settings
+
+
+@dataclass
+class Hardware:
+    """Where the training runs; Lightning's own words."""
+
+    accelerator: str = "auto"
+    devices: str = "auto"
+    strategy: str = "auto"
+    workers: int = 0
+    progress: bool = True
+
+
+class Interrupted(Exception):
+    """Ctrl-C during training; the run's last.ckpt holds the last whole epoch."""
+
+
+def train(
+    run: Path,
+    settings: Settings,
+    *,
+    hardware: Hardware | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: list[Callback] | None = None,
+) -> dict[str, Any]:
+    """Trains into the folder ``run`` and returns what its summary.json holds.
+
+    ``resume`` continues after the last whole epoch, with the settings of :func:`vmamba.medical.runs.resumed`.
+    Raises UserError for bad input, Interrupted after Ctrl-C.
+    """
+    hardware = hardware or Hardware()
+    with quiet():
+        trainer = build_trainer(run, settings, hardware, callbacks or [])
+        first = trainer.global_rank == 0
+        if first and not resume:
+            check_run(run, overwrite)
+        prepared = prepare(settings)
+        torch.manual_seed(settings.seed)
+        module = Segmenter(prepared.spec, settings)
+        if first and not resume:
+            clear_run(run)
+        if first:
+            _announce(prepared, module, settings)
+            write_json(run / "config.json", _config(settings, prepared))
+            if settings.data is None:
+                for block in ("val", "test"):
+                    mri.export_block(run / block, "mni152", prepared.split[block])
+        start = time.perf_counter()
+        _fit(trainer, module, prepared, settings, hardware, run / "last.ckpt" if resume else None)
+        return _finish(run, trainer, module, time.perf_counter() - start) if trainer.global_rank == 0 else {}
+
+
+def build_trainer(run: Path, settings: Settings, hardware: Hardware, extra: list[Callback]) -> pl.Trainer:
+    """Lightning's trainer with checkpoints best and last, the metrics file and the progress bar."""
+    callbacks = [MetricsFile(run / "metrics.csv"), *extra, Keep(run, "best", "val_dice"), Keep(run, "last", None)]
+    if hardware.progress:
+        callbacks.append(Bar())
+    if settings.max_minutes:
+        callbacks.append(Budget(60 * settings.max_minutes))
+    try:
+        return pl.Trainer(
+            accelerator=hardware.accelerator,
+            devices=int(hardware.devices) if hardware.devices.lstrip("-").isdigit() else hardware.devices,
+            strategy=hardware.strategy,
+            precision=settings.precision,  # pyright: ignore[reportArgumentType]
+            max_epochs=settings.epochs,
+            callbacks=callbacks,
+            enable_progress_bar=hardware.progress,
+            logger=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=run,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        asked = f"--accelerator {hardware.accelerator} --devices {hardware.devices} --strategy {hardware.strategy}"
+        raise UserError(f"{asked} --precision {settings.precision}: {' '.join(str(error).split())}") from error
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: Segmenter,
+    prepared: Prepared,
+    settings: Settings,
+    hardware: Hardware,
+    last: Path | None,
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    data = SliceData(prepared.train, prepared.val, settings.batch_size, hardware.workers)
+    try:
+        trainer.fit(module, data, ckpt_path=last, weights_only=True)
+    except SystemExit as stop:
+        signal.signal(signal.SIGINT, handler)
+        raise Interrupted(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume") from stop
+
+
+def _announce(prepared: Prepared, module: Segmenter, settings: Settings) -> None:
+    for note in prepared.notes:
+        print(note)
+    size = sum(p.numel() for p in module.network.parameters()) / 1e6
+    patch = " x ".join(map(str, prepared.spec.patch))
+    plan = f"patches of {patch}, batch {settings.batch_size}, {settings.epochs} epochs"
+    print(f"{settings.model}, {size:.2f} M parameters, {plan}")
+
+
+def _config(settings: Settings, prepared: Prepared) -> dict[str, Any]:
+    return {"settings": settings.as_dict(), "spec": prepared.spec.as_dict(), "split": prepared.split}
+
+
+def _finish(run: Path, trainer: pl.Trainer, module: Segmenter, seconds: float) -> dict[str, Any]:
+    rows = read_metrics(run / "metrics.csv")
+    save_curves(run / "curves.png", rows)
+    best = max(rows, key=lambda row: float(row["val_dice"]))
+    summary = {
+        "epochs": len(rows),
+        "planned_epochs": module.settings.epochs,
+        "steps": int(rows[-1]["step"]),
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in module.network.parameters()),
+        "best_epoch": int(best["epoch"]),
+        "best_val_dice": float(best["val_dice"]),
+        "last_val_dice": float(rows[-1]["val_dice"]),
+        "best_val_dice_per_class": {name: float(best[f"dice_{name}"]) for name in module.spec.classes[1:]},
+        "convention": "Dice over the voxels of all validation slices together, mean over the foreground classes",
+        "device": str(trainer.strategy.root_device),
+    }
+    write_json(run / "summary.json", summary)
+    return summary
