@@ -4,17 +4,20 @@ A U-Net of gated VMamba blocks: patch merging down, patch expanding up, additive
 of the encoder stage at the resolution it starts from, before it expands: this is how the published weights are wired.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import cast
 
-from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from vmamba.backbone import Stage
-from vmamba.block import EPS, Block, PatchMerging, PatchStem
+from vmamba.block import EPS, Block, PatchMerging, PatchStem, drop_path_rates
+from vmamba.checkpoint import LoadReport, convert, fit, load_checkpoint, read
 from vmamba.mixers.ss2d import SS2D
-from vmamba.models.vmamba import BLOCK_KEYS
+from vmamba.models.vmamba import BLOCK_KEYS, VANILLA, VMamba
 from vmamba.registry import register
 
 
@@ -75,10 +78,8 @@ class VMUNet(nn.Module):
 
         down = [nn.Identity(), *(PatchMerging(a, b) for a, b in pairwise(dims))]
         up = [nn.Identity(), *(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        rates_decoder = [
-            r[::-1] for r in calculate_drop_path_rates(drop_path_rate, depths_decoder[::-1], stagewise=True)[::-1]
-        ]
+        rates = drop_path_rates(drop_path_rate, depths)
+        rates_decoder = [r[::-1] for r in drop_path_rates(drop_path_rate, depths_decoder[::-1])[::-1]]
         self.stem = PatchStem(in_chans, dims[0])
         self.encoder = nn.ModuleList(map(stage, down, dims, rates))
         self.decoder = nn.ModuleList(map(stage, up, dims[::-1], rates_decoder))
@@ -98,9 +99,9 @@ class VMUNet(nn.Module):
                 f"height and width must be multiples of {self.stride}, got {tuple(x.shape[-2:])}; pad the image"
             )
         x = x.expand(-1, self.in_chans, -1, -1) if x.shape[1] == 1 else x
-        x = self.stem(x.permute(0, 2, 3, 1))
+        x = self.stem(x)
         skips = []
-        for stage in self.encoder:
+        for stage in cast(Sequence[Stage], self.encoder):
             x = stage.downsample(x)
             skips.append(x)
             x = stage.blocks(x)
@@ -108,6 +109,39 @@ class VMUNet(nn.Module):
         for stage in self.decoder[1:]:
             x = stage(x + skips.pop())
         return self.final_conv(self.final_up(x).permute(0, 3, 1, 2))
+
+
+def load_imagenet(model: VMUNet, source: "str | Path | Mapping") -> LoadReport:
+    """Start from the ImageNet weights of a vanilla VMamba (the published network: ``vanilla_vmamba_small``).
+
+    A stage of VMamba goes to the encoder stage and, without its downsampling, to the decoder stage of its width; blocks
+    that VM-UNet does not have are left out, expansions and the last convolution keep their values.
+
+    Args:
+        model: the network to fill.
+        source: a checkpoint of a vanilla VMamba in any layout that :func:`load_checkpoint` takes.
+
+    Returns:
+        What was loaded; ``missing`` lists what keeps its values, ``unexpected`` what was left out.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: not such weights: tensors of the encoder or of the decoder's blocks
+            are missing or have other shapes; nothing has been loaded then.
+    """
+    vanilla = VMamba(depths=(1, 1, 1, 1), dim=model.stem.conv1.out_channels, device="meta", **VANILLA)
+    native = convert(source if isinstance(source, Mapping) else read(source), vanilla)
+    state, last = {}, len(model.encoder) - 1
+    for key, tensor in native.items():
+        state[re.sub(r"^stages\.", "encoder.", key)] = tensor
+        state[re.sub(r"^stages\.(\d+)\.(?=blocks)", lambda m: f"decoder.{last - int(m[1])}.", key)] = tensor
+    _, report = fit(state, model)
+    wrong = [*report.misshapen, *(key for key in report.missing if not _OWN.match(key))]
+    if wrong:
+        raise ValueError(f"these are not the weights of a vanilla VMamba that fits VM-UNet: {', '.join(wrong[:8])}")
+    return load_checkpoint(model, state, strict=False)
+
+
+_OWN = re.compile(r"decoder\.\d+\.downsample\.|final_")  # what VM-UNet has and VMamba has not
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -14,11 +14,15 @@ from torch.nn import functional as F
 
 
 class Table(NamedTuple):
-    """Routes (k, l) over p rows, where each row is visited, (v, p), and whether a zero is read in either direction."""
+    """Routes (k, l) over p rows and where each row is visited, (v, p).
+
+    Both are int32. ``padded``: a zero is read in either direction; ``once``: no route visits a row twice.
+    """
 
     routes: Tensor
     inverse: Tensor
     padded: bool
+    once: bool
 
 
 def table_of(routes: Tensor, rows: int) -> Table:
@@ -39,17 +43,19 @@ def table_of(routes: Tensor, rows: int) -> Table:
     inverse = torch.full((max(int(visits.max()), 1), rows), flat.numel())
     inverse[torch.arange(row.numel()) - first[row], row] = step
     padded = bool((flat == rows).any() or (inverse == flat.numel()).any())
-    return Table(routes.contiguous(), inverse, padded)
+    ordered = routes.sort(1).values
+    once = not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < rows)).any())
+    return Table(routes.int().contiguous(), inverse.int(), padded, once)
 
 
 def gather(x: Tensor, table: Table) -> Tensor:
     """x (b, p, d) -> (b, k, l, d) in x's dtype."""
-    return torch.ops.vmamba.route_gather(x, *table)
+    return torch.ops.vmamba.route_gather(x, *table[:3])
 
 
 def merge(y: Tensor, table: Table) -> Tensor:
     """y (b, k, l, d) -> (b, p, d) in y's dtype, summed in float32 at least."""
-    return torch.ops.vmamba.route_merge(y, *table)
+    return torch.ops.vmamba.route_merge(y, *table[:3])
 
 
 def _rows(x: Tensor, index: Tensor, padded: bool) -> Tensor:

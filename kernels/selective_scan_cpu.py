@@ -94,7 +94,6 @@ def _forward(first, last, softly, u, delta, z, B, b_strides, C, c_strides, A, D,
     for task in range(first, last):
         b, k, low = task // blocks // routes, task // blocks % routes, task % blocks * WIDTH
         high = min(low + WIDTH, channels)
-        size = high - low
         _put(s, D_ROW, D[k, low:high])
         _put(s, BIAS_ROW, bias[k, low:high])
         b_task, c_task = b * b_strides[0] + k * b_strides[1], b * c_strides[0] + k * c_strides[1]

@@ -48,7 +48,8 @@ def backward(dy: Tensor, states: Tensor, softplus: bool, *tensors: Tensor | None
 
     def y_of(*leaves: Tensor) -> Tensor:
         given = iter(leaves)
-        return reference(*(None if t is None else next(given) for t in tensors), softplus)[0]
+        u, delta, A, B, C, D, z, bias = (None if t is None else next(given) for t in tensors)
+        return reference(u, delta, A, B, C, D, z, bias, softplus)[0]
 
     grads = iter(torch.func.vjp(y_of, *present)[1](dy))
     return tuple(None if t is None else next(grads) for t in tensors)

@@ -1,4 +1,4 @@
-"""State-space duality (Mamba-2, arXiv:2405.21060): one scalar decay per head, evaluated chunk by chunk as matrix products.
+"""State-space duality (Mamba-2, arXiv:2405.21060): one decay per head, evaluated chunk by chunk as matrix products.
 
     S[t] = exp(dt[t] A) S[t-1] + dt[t] x[t] B[t]^T          y[t] = S[t] C[t] + D x[t]
 
@@ -62,7 +62,7 @@ def _upper(size: int, device: torch.device) -> Tensor:
 
 
 def _carry(states: Tensor, decay: Tensor) -> Tensor:
-    """States before each chunk, (b, k, chunks, m, p, n), from what each chunk adds and its log decay (b, k, chunks, m)."""
+    """States before each chunk, (b, k, chunks, m, p, n), from what chunks add and their log decay (b, k, chunks, m)."""
     chunks = states.shape[2]
     total = F.pad(decay, (0, 0, 1, 0)).cumsum(2)[:, :, :-1]  # log decay from the start to before each chunk
     after = decay.cumsum(2)

@@ -15,6 +15,7 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vmamba.kernels.routes import Table, gather, merge, table_of
 
@@ -58,6 +59,8 @@ class Scan:
         self.routes = find_routes(scan)
         self.name = scan if isinstance(scan, str) else getattr(scan, "__name__", "routes")
         self.count = self.routes(2, 2).shape[0]
+        self._key = self.name if isinstance(scan, str) else f"{self.name} {id(scan)}"
+        _scans[self._key] = self.routes
 
     def __repr__(self) -> str:
         return f"Scan({self.name!r})"
@@ -65,8 +68,12 @@ class Scan:
     def table(self, h: int, w: int, device: "torch.device | str" = "cpu", *, per_route: bool = False) -> Table:
         """The index tables of an (h, w) grid; ``per_route`` for maps (b, h, w, k, d) where route k reads slot k."""
         h, w = range(h).stop, range(w).stop  # plain numbers: compiling specialises on the size
-        key = self.routes, h, w, torch.device(device), per_route
-        return Table(_routes(*key), _inverse(*key), _padded(*key))
+        key = self._key, h, w, torch.device(device), per_route
+        if not torch.compiler.is_dynamo_compiling():
+            return _table(*key)
+        shape, flags = _facts(*key)
+        routes, inverse = torch.ops.vmamba.route_table(*key, *shape)
+        return Table(routes, inverse, *flags)
 
     def split(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, k, l, d): the map read along each route."""
@@ -83,24 +90,34 @@ class Scan:
         return merge(y, self.table(h, w, y.device)).unflatten(1, (h, w))
 
 
-@torch.compiler.assume_constant_result
-def _routes(*key) -> Tensor:
-    return _table(*key).routes
+_scans: dict[str, Routes] = {}
 
 
 @torch.compiler.assume_constant_result
-def _inverse(*key) -> Tensor:
-    return _table(*key).inverse
+def _facts(*key) -> tuple[tuple[int, ...], tuple[bool, bool]]:
+    """What compiling must know of a table: the shapes of its tensors, and its flags."""
+    table = _table(*key)
+    return (*table.routes.shape, *table.inverse.shape), (table.padded, table.once)
 
 
-@torch.compiler.assume_constant_result
-def _padded(*key) -> bool:
-    return _table(*key).padded
+@torch.library.custom_op("vmamba::route_table", mutates_args=())
+def _copy(
+    scan: str, h: int, w: int, device: torch.device, per_route: bool, k: int, length: int, visits: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    table = _table(scan, h, w, device, per_route)
+    return table.routes.clone(), table.inverse.clone()
+
+
+@_copy.register_fake
+def _(scan, h, w, device, per_route, k, length, visits, rows):
+    sizes = (k, length), (visits, rows)
+    return tuple(torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
 
 
 @lru_cache(maxsize=512)
-def _table(routes: Routes, h: int, w: int, device: torch.device, per_route: bool) -> Table:
-    with torch.device("cpu"):
+def _table(scan: str, h: int, w: int, device: torch.device, per_route: bool) -> Table:
+    routes = _scans.get(scan) or find_routes(scan)
+    with _disable_current_modes(), torch.device("cpu"):  # real numbers, also where a model is traced
         order = routes(h, w)
         pixels = h * w
         if per_route:  # slot k of pixel p is row p * k + slot
@@ -109,4 +126,4 @@ def _table(routes: Routes, h: int, w: int, device: torch.device, per_route: bool
             order = torch.where(order == pixels, pixels * k, order * k + slot)
             pixels = pixels * k
         table = table_of(order, pixels)
-    return Table(table.routes.to(device), table.inverse.to(device), table.padded)
+        return table._replace(routes=table.routes.to(device), inverse=table.inverse.to(device))

@@ -39,7 +39,7 @@ def outputs(model, image):
     if not hasattr(model, "features"):
         return {"output": result, "logits": model.logits(image)}
     stages = {f"stage{i}": y for i, y in enumerate(model.features(image))}
-    return {"logits": result, "patch_embed": model.stem(image.permute(0, 2, 3, 1)), **stages}
+    return {"logits": result, "patch_embed": model.stem(image), **stages}
 
 
 def in_layout(tensor, summary):

@@ -1,8 +1,8 @@
 """Backbone: a stem and stages on channels-last maps, with all of timm's model protocol, written once for the zoo."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
-import torch
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -23,7 +23,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h', w', c')"""
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return cast(Tensor, checkpoint_seq(self.blocks, x)) if self.grad_checkpointing else self.blocks(x)
 
 
 class Backbone(nn.Module):
@@ -53,17 +53,19 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.grad_checkpointing = False
-        self._head_options = {"pool_type": global_pool, "drop_rate": drop_rate}
-        self._dd = {"device": device, "dtype": dtype}
+        self._head_options: dict[str, Any] = {"pool_type": global_pool, "drop_rate": drop_rate}
+        self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-    def build(self, stem: nn.Module, stages: Sequence[Stage], *, channels: Sequence[int], strides: Sequence[int]) -> None:
+    def build(
+        self, stem: nn.Module, stages: Sequence[Stage], *, channels: Sequence[int], strides: Sequence[int]
+    ) -> None:
         """Take the stem and the stages, whose outputs have ``channels`` at ``strides``; add norm, head; initialise."""
         self.channels, self.strides = tuple(channels), tuple(strides)
         self.feature_info = [
-            {"num_chs": c, "reduction": s, "module": f"stages.{i}"} for i, (c, s) in enumerate(zip(channels, strides, strict=True))
+            {"num_chs": c, "reduction": s, "module": f"stages.{i}"}
+            for i, (c, s) in enumerate(zip(channels, strides, strict=True))
         ]
-        self.num_features = self.head_hidden_size = self.channels[-1]
+        self.num_features = self.channels[-1]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(self.num_features, EPS, **self._dd)
@@ -75,8 +77,8 @@ class Backbone(nn.Module):
     def init_weights(self, needs_reset: bool = False) -> None:
         """Truncated normal (0.02) for linear layers; with ``needs_reset`` every other module starts afresh too."""
         for module in self.modules():
-            if needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
@@ -84,7 +86,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> normalised last map (b, h / s, w / s, c)."""
-        return self.norm(self.stages(self.stem(self._channels_last(x))))
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(b, h, w, c) -> logits (b, num_classes), or the pooled features (b, c) with ``pre_logits``."""
@@ -96,7 +98,7 @@ class Backbone(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """(b, in_chans, h, w) -> the map after each stage, (b, h / s, w / s, c), before the final norm."""
-        return self.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+        return cast(list[Tensor], self.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True))
 
     def forward_intermediates(
         self,
@@ -119,10 +121,11 @@ class Backbone(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(self._channels_last(x))
+        take, last = feature_take_indices(len(self.stages), _listed(indices))
+        stages = list(self.stages)[: last + 1 if stop_early else None]
+        x = self.stem(x)
         maps = []
-        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for index, stage in enumerate(stages):
             x = stage(x)
             if index in take:
                 maps.append(self.norm(x) if norm and index == len(self.stages) - 1 else x)
@@ -130,23 +133,26 @@ class Backbone(nn.Module):
             maps = [y.permute(0, 3, 1, 2).contiguous() for y in maps]
         if intermediates_only:
             return maps
-        stopped = stop_early and last < len(self.stages) - 1
-        return (x if stopped else self.norm(x)), maps
+        return (self.norm(x) if len(stages) == len(self.stages) else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the stages ``indices`` do not need; returns them as absolute numbers."""
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = feature_take_indices(len(self.stages), _listed(indices))
         shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.channels[last]
+        del self.stages[last + 1 :]
+        self.num_features = self.channels[last]
         if prune_norm or shortened:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels of the pooled features that the classifier takes."""
+        return self.head.num_features
 
     def get_classifier(self) -> nn.Module:
         """The linear layer before the logits."""
@@ -155,33 +161,30 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier of ``num_classes`` (0: none), pooling as before unless ``global_pool`` is given."""
         self.num_classes = num_classes
-        dd = get_device_dtype(self)
-        if self.num_features != self.head.in_features:
-            pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-            self.head = ClassifierHead(self.num_features, num_classes, pool, input_fmt=self.output_fmt, **dd)
-        else:
-            self.head.reset(num_classes, global_pool, **dd)
+        self.head.in_features = self.num_features
+        dd: dict[str, Any] = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, **dd)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: recompute the blocks of each stage in the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            cast(Stage, stage).grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups from stem to head, for layer-wise learning rates."""
-        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": [*blocks, (r"^norm", (99999,))] if not coarse else blocks}
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        downsample, block = r"^stages\.(\d+)\.downsample", r"^stages\.(\d+)\.blocks\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(downsample, (0,)), (block, None), (r"^norm", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay would harm: state matrices, skips, step-size biases."""
         kept = ("A_log", "D", "dt_bias")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in kept}
 
-    def _channels_last(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    def __prepare_scriptable__(self):
+        raise NotImplementedError("TorchScript cannot compile the scans; use torch.compile or torch.export instead")
 
 
-def stochastic_depth(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Drop-path probabilities that rise linearly from 0 to ``rate`` over all blocks, split by stage."""
-    ramp = iter(torch.linspace(0, rate, sum(depths)).tolist())
-    return [[next(ramp) for _ in range(depth)] for depth in depths]
+def _listed(indices: int | Sequence[int] | None) -> int | list[int] | None:
+    return list(indices) if isinstance(indices, Sequence) else indices

@@ -1,9 +1,10 @@
 """The parts that pyramid backbones share: residual block, stems, downsampling. Maps are channels-last, (b, h, w, c)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ class Block(nn.Module):
         self, dim: int, *, mixer: Callable, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, EPS, **dd)
         self.mixer = mixer(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -37,9 +38,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
         x = x + self.drop_path(self.mixer(self.norm1(x)))
-        if self.mlp is not None:
+        if self.norm2 is not None and self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth per stage and block; it rises linearly from 0 to ``rate``."""
+    return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))
 
 
 class Conv2d(nn.Conv2d):
@@ -50,18 +56,23 @@ class Conv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def channels_last(image: Tensor) -> Tensor:
+    """(b, c, h, w) -> (b, h, w, c), contiguous"""
+    return image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
 class PatchStem(nn.Module):
     """Stride 4 in one step: a 4x4 convolution and a norm."""
 
     def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = Conv2d(in_chans, dim, 4, 4, **dd)
         self.norm1 = nn.LayerNorm(dim, EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) -> (b, floor(h / 4), floor(w / 4), dim)"""
-        return self.norm1(self.conv1(x))
+        """(b, in_chans, h, w) -> (b, floor(h / 4), floor(w / 4), dim)"""
+        return self.norm1(self.conv1(channels_last(x)))
 
 
 class ConvStem(nn.Module):
@@ -69,7 +80,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, EPS, **dd)
         self.act = nn.GELU()
@@ -77,8 +88,8 @@ class ConvStem(nn.Module):
         self.norm2 = nn.LayerNorm(dim, EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) -> (b, ceil(h / 4), ceil(w / 4), dim)"""
-        x = self.act(self.norm1(self.conv1(x)))
+        """(b, in_chans, h, w) -> (b, ceil(h / 4), ceil(w / 4), dim)"""
+        x = self.act(self.norm1(self.conv1(channels_last(x))))
         return self.norm2(self.conv2(x))
 
 
@@ -87,7 +98,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, *, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * dim, EPS, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
@@ -104,7 +115,7 @@ class ConvDownsample(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, *, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = Conv2d(dim, out_dim, 3, 2, 1, **dd)
         self.norm = nn.LayerNorm(out_dim, EPS, **dd)
 

@@ -1,16 +1,19 @@
 """Loading checkpoints in the native layout or in that of the original code, strictly, with a report."""
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 ENVELOPES = ("model", "state_dict", "model_state_dict", "network_weights", "module")
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
-LEFTOVERS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")
+WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
+PART = "backbone."  # where detectors and segmentors keep the backbone; their other tensors are ignored
+COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")  # no weights: may be missing or left over
 
 
 @dataclass
@@ -47,8 +50,8 @@ def load_checkpoint(model: nn.Module, source: "str | Path | Mapping", *, strict:
 
     Args:
         model: a network of the zoo.
-        source: a ``.safetensors`` or torch file (read without running any code in it), or a mapping of tensors;
-            envelopes such as ``{"model": ...}`` and prefixes such as ``module.`` are taken off.
+        source: a ``.safetensors`` or torch file (read without running any code in it), or a mapping of tensors or
+            arrays; envelopes such as ``{"model": ...}`` and prefixes such as ``module.`` are taken off.
         strict: raise unless every tensor of the model is found and nothing is left over.
 
     Returns:
@@ -56,19 +59,45 @@ def load_checkpoint(model: nn.Module, source: "str | Path | Mapping", *, strict:
 
     Raises:
         FileNotFoundError: no such file; ValueError: not a checkpoint, or (``strict``) the tensors do not fit: the
-            message lists missing, unexpected and misshapen names.
+            message lists missing, unexpected and misshapen names; nothing has been loaded then.
     """
-    state, report = _fit(source if isinstance(source, Mapping) else read(source), model)
+    state, report = fit(source, model)
     if strict and not report.ok:
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}; {report}")
-    model.load_state_dict(state, strict=False)
+    wanted = model.state_dict()
+    model.load_state_dict({key: state[key] for key in report.loaded if key in wanted}, strict=False)
     return report
 
 
 def convert(state: Mapping, model: nn.Module) -> dict[str, Tensor]:
-    """``state`` in native names and shapes for ``model`` (timm's ``checkpoint_filter_fn``); nothing is dropped."""
-    native, _ = _rename(_unwrap(state), model)
-    return _reshape(native, model.state_dict())[0]
+    """``state`` in native names and shapes for ``model`` (timm's ``checkpoint_filter_fn``).
+
+    Only counters and what lies outside a backbone are dropped, so tensors that do not fit are still found out.
+    """
+    return fit(state, model)[0]
+
+
+def fit(source: "str | Path | Mapping", model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors of ``source`` in native names and shapes for ``model``, and how they fit it; nothing is loaded.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: not a checkpoint.
+    """
+    report, wanted = LoadReport(), model.state_dict()
+    raw, report.ignored = _unwrap(source if isinstance(source, Mapping) else read(source), wanted)
+    native, report.renamed = _rename(raw, model, wanted)
+    report.layout = "official" if report.renamed else "native"
+    counters = [key for key in native if COUNTERS.search(key) and key not in wanted]
+    report.ignored += counters
+    native = {key: tensor for key, tensor in native.items() if key not in counters}
+    native, report.reshaped = _reshape(native, wanted)
+    for key, tensor in native.items():
+        if key in wanted and tensor.shape != wanted[key].shape:
+            report.misshapen[key] = tuple(tensor.shape), tuple(wanted[key].shape)
+    report.unexpected = [key for key in native if key not in wanted]
+    report.missing = [key for key in wanted if key not in native and not COUNTERS.search(key)]
+    report.loaded = [key for key in native if key in wanted and key not in report.misshapen]
+    return native, report
 
 
 def read(path: "str | Path") -> Mapping:
@@ -87,45 +116,47 @@ def read(path: "str | Path") -> Mapping:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {_reason(path, error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a mapping of tensors")
     return content
 
 
-def _fit(source: Mapping, model: nn.Module) -> tuple[dict[str, Tensor], LoadReport]:
-    report, wanted = LoadReport(), model.state_dict()
-    raw = _unwrap(source)
-    report.ignored = [key for key in raw if LEFTOVERS.search(key) and key not in wanted]
-    native, report.renamed = _rename({k: v for k, v in raw.items() if k not in report.ignored}, model)
-    report.layout = "official" if report.renamed else "native"
-    native, report.reshaped = _reshape(native, wanted)
-    for key, tensor in native.items():
-        if key in wanted and tensor.shape != wanted[key].shape:
-            report.misshapen[key] = tuple(tensor.shape), tuple(wanted[key].shape)
-    report.unexpected = [key for key in native if key not in wanted]
-    report.missing = [key for key in wanted if key not in native]
-    report.loaded = [key for key in native if key in wanted and key not in report.misshapen]
-    return {key: native[key] for key in report.loaded}, report
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        try:
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception:
+            found = []
+        if found:
+            advice = "where you trust it, save its tensors alone"
+            return f"it holds objects that could run code and are not loaded ({', '.join(found)}); {advice}"
+        return "it is no file of torch.save or safetensors, or it is damaged"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _unwrap(source: Mapping) -> dict[str, Tensor]:
+def _unwrap(source: Mapping, wanted: Mapping) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors inside envelopes and under prefixes that ``wanted`` does not have, and the names left out."""
     while envelope := next((name for name in ENVELOPES if isinstance(source.get(name), Mapping)), None):
         source = source[envelope]
-    state = {key: value for key, value in source.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        state = inside or state
-    return state
+    state = {k: torch.as_tensor(v) for k, v in source.items() if isinstance(v, Tensor | np.ndarray)}
+    if not state:
+        shown = ", ".join(map(str, list(source)[:8])) or "nothing"
+        raise ValueError(f"there are no tensors in the checkpoint; it holds {shown}")
+    for prefix in WRAPPERS:
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    if any(key.startswith(PART) for key in wanted) or not any(key.startswith(PART) for key in state):
+        return state, []
+    outside = [key for key in state if not key.startswith(PART)]
+    return {key.removeprefix(PART): tensor for key, tensor in state.items() if key not in outside}, outside
 
 
-def _rename(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    wanted, native, renamed = model.state_dict(), {}, {}
+def _rename(state: Mapping[str, Tensor], model: nn.Module, wanted: Mapping) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by our names, and what was renamed; the second of two for one name keeps its own: it is unexpected."""
+    native, renamed = {key: tensor for key, tensor in state.items() if key in wanted}, {}
     for key, tensor in state.items():
         name = key if key in wanted else _native_name(key, model.official_keys, wanted)
-        if name in native:
-            raise ValueError(f"two tensors of the checkpoint are {name!r} here; the second is {key!r}")
+        name = key if name in native else name
         native[name] = tensor
         if name != key:
             renamed[key] = name
@@ -141,11 +172,15 @@ def _native_name(key: str, rules, wanted: Mapping) -> str:
 
 
 def _reshape(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the right size in another shape (1x1 convolutions, flattened projections) take the model's shape."""
-    fits = [k for k, t in state.items() if k in wanted and t.shape != wanted[k].shape and _same(t, wanted[k])]
+    """Tensors that hold the same numbers in the same order as the model's take its shape."""
+    fits = [k for k, t in state.items() if k in wanted and _same(tuple(t.shape), tuple(wanted[k].shape))]
     return {k: t.reshape(wanted[k].shape) if k in fits else t for k, t in state.items()}, fits
 
 
-def _same(got: Tensor, want: Tensor) -> bool:
-    """Same elements in the same order: equal sizes once axes of length 1 are dropped and axes may be split or joined."""
-    return got.numel() == want.numel()
+def _same(got: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Whether shapes differ as linear layer and 1x1 convolution or as (k * a, ...) and (k, a, ...), in either order."""
+    short, long = sorted((got, want), key=len)
+    extra = len(long) - len(short)
+    pointwise = long == short + (1,) * extra
+    joined = extra == 1 and short == (long[0] * long[1], *long[2:])
+    return extra > 0 and (pointwise or joined)

@@ -6,8 +6,12 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
 
+import torch
 from torch import nn
 
 Rename = tuple[str, "str | Callable | tuple"]
@@ -60,7 +64,7 @@ def register(
         paper: arXiv number. origin: where the original lives. license: of the original weights.
         timm: further fields of timm's pretrained configuration; None keeps the network out of timm's registry.
     """
-    cls.official_keys = keys
+    cls.official_keys = keys  # pyright: ignore[reportAttributeAccessIssue]
     for name, settings in variants.items():
         if name in _entries:
             raise ValueError(f"{name!r} is registered twice, by {_entries[name].cls.__name__} and {cls.__name__}")
@@ -95,7 +99,7 @@ def find(name: str) -> Entry:
     return known[name]
 
 
-def create_model(name: str, *, pretrained: "bool | str" = False, **overrides) -> nn.Module:
+def create_model(name: str, *, pretrained: "bool | str | Path" = False, **overrides) -> nn.Module:
     """Build a network of the zoo with its published settings.
 
     Args:
@@ -105,7 +109,8 @@ def create_model(name: str, *, pretrained: "bool | str" = False, **overrides) ->
         **overrides: settings to change, such as ``num_classes=10`` or ``scan="raster"``.
 
     Raises:
-        ValueError: the name is unknown, or there are no published weights; TypeError: an override is unknown.
+        ValueError: the name is unknown, or there are no published weights; TypeError: an override is unknown;
+        RuntimeError: the weights cannot be downloaded.
     """
     from vmamba.checkpoint import load_checkpoint
 
@@ -114,17 +119,30 @@ def create_model(name: str, *, pretrained: "bool | str" = False, **overrides) ->
         from vmamba.pyramid import Pyramid
 
         pyramid = {key: overrides.pop(key) for key in ("out_indices", "norm") if key in overrides}
-        model = Pyramid(create_model(base, pretrained=pretrained is True, num_classes=0, **overrides), **pyramid)
+        body: Any = create_model(base, pretrained=pretrained is True, num_classes=0, **overrides)
+        model = Pyramid(body, **pyramid)
     else:
         entry = find(name)
-        if pretrained is True and entry.weights is None:
+        if pretrained is True and entry.weights is None and "pretrained_cfg_overlay" not in overrides:
             raise ValueError(f"{name} has no published weights; give a checkpoint's path as pretrained=...")
         if entry.timm is not None:
-            import timm
-
-            model = timm.create_model(name, pretrained=pretrained is True, **overrides)
+            model = _create_timm_model(name, pretrained is True, overrides)
         else:
             model = entry.cls(**{**entry.settings, **overrides})
-    if isinstance(pretrained, str):
+    if not isinstance(pretrained, bool):
         load_checkpoint(model, pretrained)
     return model
+
+
+def _create_timm_model(name: str, pretrained: bool, overrides: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, **overrides)
+    except (URLError, ConnectionError, TimeoutError) as error:
+        weights = find(name).weights
+        url = overrides.get("pretrained_cfg_overlay", {}).get("url") or (weights.url if weights else "")
+        folder = overrides.get("cache_dir") or Path(torch.hub.get_dir(), "checkpoints")
+        cached = Path(folder, Path(urlparse(url).path).name)
+        advice = f"put the file at {cached} by another way, or give its path as pretrained=..."
+        raise RuntimeError(f"cannot download the weights of {name} from {url} ({error}); {advice}") from error

@@ -1,12 +1,14 @@
 """Registers the zoo's backbones in timm: ``timm.create_model(name)`` works after ``import vmamba``."""
 
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
 
-from vmamba.checkpoint import convert
+from vmamba.checkpoint import convert, fit
 from vmamba.registry import Entry, entries
 
 
@@ -15,7 +17,8 @@ def register_all() -> None:
     backbones = [entry for entry in entries().values() if entry.timm is not None]
     for module in {sys.modules[entry.cls.__module__] for entry in backbones}:
         mine = [entry for entry in backbones if entry.cls.__module__ == module.__name__]
-        module.default_cfgs = generate_default_cfgs({f"{entry.name}.in1k": _cfg(entry) for entry in mine})
+        cfgs = generate_default_cfgs({f"{entry.name}.in1k": _cfg(entry) for entry in mine})
+        vars(module).update(default_cfgs=cfgs, checkpoint_filter_fn=convert)
         for entry in mine:
             _register(entry, module)
 
@@ -37,15 +40,26 @@ def _cfg(entry: Entry) -> dict:
     }
 
 
+def _published(state: Mapping, model: nn.Module) -> dict[str, Tensor]:
+    """Downloaded weights in native names, whole but for the classifier: timm is lax where that has another width."""
+    native, report = fit(state, model)
+    wrong = [key for key in (*report.missing, *report.unexpected) if not key.startswith("head.")]
+    if wrong:
+        raise ValueError(f"the published weights do not fit {type(model).__name__}; {report}")
+    return native
+
+
 def _register(entry: Entry, module: ModuleType) -> None:
-    def build(pretrained=False, **kwargs):
+    def build(pretrained=False, **overrides):
+        settings = {**entry.settings, **overrides}
+        every = tuple(range(len(settings["depths"])))
         return build_model_with_cfg(
             entry.cls,
             entry.name,
             pretrained,
-            pretrained_filter_fn=convert,
-            feature_cfg={"out_indices": tuple(range(len(entry.settings["depths"]))), "feature_cls": "getter"},
-            **{**entry.settings, **kwargs},
+            pretrained_filter_fn=_published,
+            feature_cfg={"out_indices": every, "feature_cls": "getter", "flatten_sequential": True},
+            **settings,
         )
 
     build.__name__ = build.__qualname__ = entry.name

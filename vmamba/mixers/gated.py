@@ -1,6 +1,7 @@
 """What the two-dimensional mixers share: project, convolve, activate, scan, norm, gate, project."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class GatedMixer(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
         self.conv = (
             Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd)
@@ -53,9 +54,11 @@ class GatedMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
         x = self.in_proj(x)
-        z = None
-        if self.gate is not None:
-            x, z = x.chunk(2, -1)
+        if self.gate is None:
+            return self.out_proj(self._mix(x))
+        x, z = x.chunk(2, -1)
+        return self.out_proj(self._mix(x) * self.gate(z))
+
+    def _mix(self, x: Tensor) -> Tensor:
         y = self.scan_map(self.act(self.conv(x)))
-        y = self.norm(y.to(self.out_proj.weight.dtype))
-        return self.out_proj(y if z is None else y * self.gate(z))
+        return self.norm(y.to(self.out_proj.weight.dtype))

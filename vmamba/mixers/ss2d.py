@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vmamba.kernels.selective_scan import route_scan
+from vmamba.kernels.scan2d import scan2d
 from vmamba.mixers.gated import GatedMixer
 from vmamba.scans import Scan
 
@@ -64,9 +65,8 @@ class SS2D(GatedMixer):
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
         h, w = x.shape[1:3]
         k, width, _ = self.x_proj.shape
-        projected = nn.functional.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, (k, width))  # (b, h, w, k, r + 2n)
-        dt, B, C = self.scan.split_each(projected).split([self.rank, self.state, self.state], -1)
-        delta = dt @ self.dt_proj.transpose(1, 2).to(dt.dtype)  # (b, k, l, d)
+        projected = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, (k, width))  # (b, h, w, k, r + 2n)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        y = route_scan(self.scan.split(x), delta, A, B, C, self.D, delta_bias=self.dt_bias, delta_softplus=True)
-        return self.scan.merge(y, h, w)
+        table = self.scan.table(h, w, x.device)
+        y = scan2d(x.flatten(1, 2), projected.flatten(1, 2), self.dt_proj, A, self.D, self.dt_bias, table)
+        return y.unflatten(1, (h, w))

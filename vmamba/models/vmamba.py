@@ -6,12 +6,12 @@ MLP) and m2 (state-space duality in place of the selective scan; no published we
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-from timm.layers import calculate_drop_path_rates
 from torch import nn
 
 from vmamba.backbone import Backbone, Stage
-from vmamba.block import Block, ConvDownsample, ConvStem, PatchMerging, PatchStem
+from vmamba.block import Block, ConvDownsample, ConvStem, PatchMerging, PatchStem, drop_path_rates
 from vmamba.mixers.ss2d import SS2D
 from vmamba.mixers.ssd2d import SSD2D
 from vmamba.registry import Weights, register
@@ -49,7 +49,7 @@ class VMamba(Backbone):
         dd = self._dd
         channels = [dim * 2**i for i in range(len(depths))]
         stages = []
-        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
+        for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             down = downsample(channels[i - 1], channels[i], **dd) if i else nn.Identity()
             build = partial(Block, channels[i], mixer=partial(mixer, scan=scan), mlp_ratio=mlp_ratio, **dd)
             stages.append(Stage(down, [build(drop_path=rate) for rate in rates]))
@@ -58,7 +58,7 @@ class VMamba(Backbone):
         )
 
 
-VANILLA = dict(mixer=SS2D, mlp_ratio=0.0, stem=PatchStem, downsample=PatchMerging)
+VANILLA: dict[str, Any] = dict(mixer=SS2D, mlp_ratio=0.0, stem=PatchStem, downsample=PatchMerging)
 S1 = dict(mixer=partial(SS2D, state=1, expand=1.0, conv_bias=False, gate=None))
 S2 = dict(mixer=partial(SS2D, state=1, expand=2.0, conv_bias=False, gate=None))
 M2 = dict(mixer=partial(SSD2D, state=64, expand=1.0, conv_bias=False, gate=None, act=nn.GELU))
@@ -105,11 +105,17 @@ KEYS = [
     (r"^(?:classifier\.)?head\.(?=weight$|bias$)", "head.fc."),
 ]
 
-_RELEASE = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
+_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 WEIGHTS = {
-    "vmamba_tiny_s1l8": Weights(_RELEASE + "vssm1_tiny_0230s_ckpt_epoch_264.pth", top1=82.6),
-    "vmamba_small_s1l20": Weights(_RELEASE + "vssm1_small_0229s_ckpt_epoch_240.pth", top1=83.3),
-    "vmamba_base_s1l20": Weights(_RELEASE + "vssm1_base_0229s_ckpt_epoch_225.pth", top1=83.8),
+    "vmamba_tiny_s1l8": Weights(_RELEASES + "%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", top1=82.6),
+    "vmamba_small_s1l20": Weights(_RELEASES + "%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", top1=83.3),
+    "vmamba_base_s1l20": Weights(_RELEASES + "%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", top1=83.8),
+    "vmamba_tiny_s2l5": Weights(_RELEASES + "%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", top1=82.5),
+    "vmamba_small_s2l15": Weights(_RELEASES + "%23v2cls/vssm_small_0229_ckpt_epoch_222.pth", top1=83.6),
+    "vmamba_base_s2l15": Weights(_RELEASES + "%23v2cls/vssm_base_0229_ckpt_epoch_237.pth", top1=83.9),
+    "vanilla_vmamba_tiny": Weights(_RELEASES + "%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", top1=82.2),
+    "vanilla_vmamba_small": Weights(_RELEASES + "%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", top1=83.5),
+    "vanilla_vmamba_base": Weights(_RELEASES + "%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", top1=83.7),
 }
 
 register(

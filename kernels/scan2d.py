@@ -1,0 +1,139 @@
+"""Fused 2D selective scan: from channels-last maps and a route table to the merged map, without arrays of k * d * l.
+
+The equation is in ``scan2d_reference``. Everything that is a function of one pixel (delta's low-rank factor, B, C) is
+in image order, computed by one matrix product; routes only decide in which order pixels are read. The fused kernels
+rely on routes that visit no pixel twice and, where they are as long as the map, visit every pixel; others go step by
+step.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vmamba.kernels.backends import choose
+from vmamba.kernels.routes import Table, gather, merge
+from vmamba.kernels.selective_scan import route_scan
+from vmamba.kernels.selective_scan_reference import CHUNK
+
+
+def scan2d(
+    x: Tensor,
+    projected: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    table: Table,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scan a map along k routes and sum the routes, pixel by pixel.
+
+    Args:
+        x: (b, p, d), the map's p pixels in image order; float16, bfloat16, float32 or float64.
+        projected: (b, p, k, r + 2n), for each pixel and route [delta's factor | B | C], in x's dtype.
+        dt_proj: (k, d, r), delta = softplus(dt_proj factor + bias).
+        A: (k, d, n), real. D, bias: (k, d).
+        table: the routes over p pixels (``Scan.table``).
+        backend: ``cuda``, ``triton``, ``cpu``, ``reference`` or None for the best that takes these tensors.
+
+    Returns:
+        y, (b, p, d), in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes do not fit; RuntimeError: the chosen backend cannot take these tensors.
+    """
+    _check(x, projected, dt_proj, A, D, bias, table)
+    gaps = table.padded and table.routes.shape[1] == x.shape[1]  # as long as the map, yet not through each pixel
+    if not table.once or gaps:
+        return _composed(x, projected, dt_proj, A, D, bias, table, backend)
+    return torch.ops.vmamba.scan2d(x, projected, dt_proj, A, D, bias, table.routes, table.inverse, backend or "")[0]
+
+
+def _composed(x, projected, dt_proj, A, D, bias, table: Table, backend: str | None) -> Tensor:
+    """The same in steps, for the tables that the fused kernels do not take: gather, project, scan, merge."""
+    k, _, n = A.shape
+    slots = torch.arange(k, device=x.device)[:, None]
+    each = F.pad(projected, (0, 0, 0, 0, 0, 1))[:, table.routes, slots]  # (b, k, l, r + 2n)
+    dt, B, C = each.split([dt_proj.shape[-1], n, n], -1)
+    delta = dt @ dt_proj.to(dt.dtype).mT
+    y = route_scan(gather(x, table), delta, A, B, C, D, delta_bias=bias, delta_softplus=True, backend=backend)
+    return merge(y, table)
+
+
+@torch.library.custom_op("vmamba::scan2d", mutates_args=())
+def _forward(
+    x: Tensor,
+    projected: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    routes: Tensor,
+    inverse: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tensors = (x, projected, dt_proj, A, D, bias)
+    return choose("scan2d", backend, *tensors).forward(*tensors, routes, inverse)
+
+
+@torch.library.custom_op("vmamba::scan2d_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    states: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    routes: Tensor,
+    inverse: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x, projected, dt_proj, A, D, bias)
+    return choose("scan2d", backend, *tensors).backward(dy, states, routes, inverse, *tensors)
+
+
+@_forward.register_fake
+def _(x, projected, dt_proj, A, D, bias, routes, inverse, backend):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    chunks = (routes.shape[1] + CHUNK - 1) // CHUNK
+    k, d, n = A.shape
+    return x.new_empty(x.shape, dtype=wide), x.new_empty(x.shape[0], k, chunks, d, n, dtype=wide)
+
+
+@_backward.register_fake
+def _(dy, states, x, projected, dt_proj, A, D, bias, routes, inverse, backend):
+    return tuple(t.new_empty(t.shape) for t in (x, projected, dt_proj, A, D, bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _gradients(ctx, dy, dstates):
+    grads = torch.ops.vmamba.scan2d_backward(dy.contiguous(), *ctx.saved_tensors, ctx.backend)
+    return *grads, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _check(x, projected, dt_proj, A, D, bias, table) -> None:
+    b, p, d = x.shape
+    k, _, n = A.shape
+    r = dt_proj.shape[-1]
+    allowed = {
+        "projected": (projected, (b, p, k, r + 2 * n)),
+        "dt_proj": (dt_proj, (k, d, r)),
+        "A": (A, (k, d, n)),
+        "D": (D, (k, d)),
+        "bias": (bias, (k, d)),
+        "routes": (table.routes, (k, table.routes.shape[1])),
+        "inverse": (table.inverse, (table.inverse.shape[0], p)),
+    }
+    for name, (tensor, shape) in allowed.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} for x (b, p, d) = {(b, p, d)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,157 @@
+"""Feature maps of every kind of timm model in the zoo: features_only, intermediates, pruning."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+
+from tests.timm_zoo import KINDS, NAMES, image, small
+
+
+def nchw(maps, fmt):
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    return [y.permute(0, 3, 1, 2) if fmt == "NHWC" else y for y in maps]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_only_at_published_size(name):
+    model = timm.create_model(name, features_only=True, device="meta")
+    info = model.feature_info
+    size = model.pretrained_cfg["input_size"]
+    maps = model(torch.empty(1, *size, device="meta"))
+    assert isinstance(model, FeatureGetterNet) and len(maps) == len(info) >= 3
+    assert info.reduction() == sorted(info.reduction())
+    for y, entry in zip(maps, info, strict=True):
+        assert {"num_chs", "reduction", "module"} <= entry.keys()
+        assert y.shape[1] == entry["num_chs"]
+        assert all(
+            full / (2 * entry["reduction"]) < side <= math.ceil(full / entry["reduction"]) + 1
+            for side, full in zip(y.shape[2:], size[1:], strict=True)
+        )
+    assert "classifier" not in model.pretrained_cfg and model.in_chans == size[0] and model._traits
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("cls", ["list", "dict", "hook", "fx"])
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing the model in eval mode")
+def test_feature_classes_agree(name, cls):
+    x = image(1, 3, 50, 72)
+    expected = small(name, features_only=True).eval()
+    other = small(name, features_only=True, feature_cls=cls).eval()
+    with torch.no_grad():
+        maps = nchw(other(x), other.output_fmt)
+        for y, z in zip(expected(x), maps, strict=True):
+            assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("size", [(32, 32), (33, 45), (97, 50)])
+def test_features_of_any_size(name, size):
+    model = small(name, features_only=True, out_indices=(1, 3), in_chans=2).eval()
+    with torch.no_grad():
+        maps = model(image(2, 2, *size))
+    assert [y.shape[1] for y in maps] == model.feature_info.channels() == [32, 128]
+    for y, reduction in zip(maps, model.feature_info.reduction(), strict=True):
+        for side, full in zip(y.shape[2:], size, strict=True):
+            assert full / (2 * reduction) < side <= math.ceil(full / reduction) + 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_only_has_no_idle_parameter(name):
+    model = small(name, features_only=True, out_indices=(0, 2)).train()
+    sum(y.square().mean() for y in model(image(2))).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_only_with_gradient_checkpointing(name):
+    model, x = small(name, features_only=True, drop_path_rate=0.0).train(), image(2)
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.model.set_grad_checkpointing(enable)
+        sum(y.square().mean() for y in model(x)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_forward_intermediates(name):
+    model, x = small(name).eval(), image(2)
+    final = model.forward_features(x)
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(last, final) and len(maps) == len(model.feature_info)
+    for y, entry in zip(maps, model.feature_info, strict=True):
+        assert y.shape == (2, entry["num_chs"], 64 // entry["reduction"], 64 // entry["reduction"])
+        assert y.is_contiguous()
+    only = model.forward_intermediates(x, indices=2, output_fmt="NHWC", intermediates_only=True)
+    assert all(torch.equal(y.permute(0, 3, 1, 2), z) for y, z in zip(only, maps[-2:], strict=True))
+    normed = model.forward_intermediates(x, indices=[-1], norm=True, output_fmt="NHWC", intermediates_only=True)
+    assert torch.equal(normed[0], final)
+    assert torch.equal(model.norm(maps[-1].permute(0, 2, 3, 1)), final)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_stop_early(name):
+    model, x = small(name).eval(), image(2)
+    _, maps = model.forward_intermediates(x)
+    stopped, taps = model.forward_intermediates(x, indices=[0, 1], norm=True, stop_early=True, output_fmt="NHWC")
+    assert all(torch.equal(y.permute(0, 3, 1, 2), z) for y, z in zip(taps, maps[:2], strict=True))
+    assert torch.equal(stopped, taps[-1])  # without the final norm, which belongs to the last stage
+    full, _ = model.forward_intermediates(x, indices=[0, 1])
+    assert torch.equal(full, model.forward_features(x))
+    model.set_grad_checkpointing()
+    with torch.enable_grad():
+        _, again = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    assert all(torch.allclose(y, z, rtol=1e-4, atol=1e-5) for y, z in zip(again, maps[:2], strict=True))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "options, message", [({"indices": [4]}, "out of range"), ({"indices": 9}, "9"), ({"output_fmt": "NLC"}, "NLC")]
+)
+def test_wrong_intermediates(name, options, message):
+    with pytest.raises((AssertionError, ValueError), match=message):
+        small(name).forward_intermediates(image(), **options)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("indices, kept", [(1, [3]), ([0, 2], [0, 2]), ([-3], [1])])
+def test_prune(name, indices, kept):
+    model, x = small(name, drop_rate=0.2).eval(), image(2)
+    with torch.no_grad():
+        before = model.forward_intermediates(x, kept, intermediates_only=True)
+    assert model.prune_intermediate_layers(indices) == kept
+    assert not any(m.training for m in model.modules())
+    after = model.forward_intermediates(x, kept, intermediates_only=True)
+    assert all(torch.equal(y, z) for y, z in zip(before, after, strict=True))
+    assert torch.equal(model(x), model(x))
+    assert model.num_features == model.head_hidden_size == model.channels[kept[-1]] == model(x).shape[-1]
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prune_at_the_last_stage(name):
+    x, model = image(), small(name, num_classes=5).eval()
+    logits = model(x)
+    kept = copy.deepcopy(model)
+    assert kept.prune_intermediate_layers([3], prune_head=False) == [3]
+    assert torch.equal(kept(x), logits)
+    bare = copy.deepcopy(model)
+    bare.prune_intermediate_layers([3], prune_norm=True)
+    assert torch.equal(bare(x), model.forward_intermediates(x, [3], output_fmt="NHWC", intermediates_only=True)[0])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pruned_model_takes_a_new_classifier(name):
+    model = small(name)
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(5, "avg")
+    assert model(image(2)).shape == (2, 5)
