@@ -1,4 +1,4 @@
-"""What the CPU kernels share: exponentials that LLVM vectorises, and threads to share a kernel's tasks.
+"""What the CPU kernels share: exponentials that LLVM vectorises, and how kernels are compiled.
 
 The float32 functions are branch-free polynomials without library calls, so that a loop over them becomes SIMD code;
 relative errors are 9e-8 (``exp``) and 3e-7 (``softplus``), measured over the whole range by tests/test_cpu_kernels.py.
@@ -8,13 +8,10 @@ Numba's cache watches only the file of a kernel: after a change here, delete ``k
 """
 
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit, types
 from numba.extending import overload
 
@@ -28,18 +25,14 @@ E2, E3, E4, E5, E6 = (
     np.float32(v) for v in (0.4999999341216, 0.1666652010372, 0.0416683942719, 0.00836878084394, 0.00138144649629)
 )
 L1, L2, L3, L4 = (np.float32(v) for v in (0.3333320656371, 0.200108496660, 0.139995684117, 0.140122397164))
-PIECE = 50_000  # numbers to compute, below which sharing costs more than it brings
 
 _inline: Any = {"fastmath": {"contract"}, "error_model": "numpy", "forceinline": True}
 _loops: Any = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy", "nogil": True}
 _internal: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_pools: list[ThreadPoolExecutor] = []
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile ``function`` at its first call, for :func:`share`, and keep the code on disk where that is possible."""
+    """Compile ``function`` at its first call, for ``threads.share``; the code is kept on disk where possible."""
     try:
         return njit(cache=True, **_loops)(function)
     except RuntimeError:  # numba found no such folder
@@ -102,35 +95,3 @@ def sigmoid(x):
     """1 / (1 + exp(-x)) in x's type."""
     e = exp(-abs(x))
     return (ONE if x > ZERO else e) / (ONE + e)
-
-
-def share(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Run ``kernel(first, last, *arguments)`` over all ``tasks``, on up to ``torch.get_num_threads()`` threads.
-
-    The kernel releases the GIL and its tasks write apart from each other, so results do not depend on the spreading.
-    ``work`` is about how many numbers the tasks compute: a small job stays on the calling thread. Threads take pieces
-    as they come free, so a helper that gets no core delays nothing but the piece that it holds.
-    """
-    threads = torch.get_num_threads()
-    count = min(tasks, 4 * threads, max(work // PIECE, 1)) if threads > 1 else min(tasks, 1)
-    pieces = [(tasks * i // count, tasks * (i + 1) // count) for i in range(count)]
-
-    def take() -> None:
-        while pieces:
-            try:
-                piece = pieces.pop()
-            except IndexError:  # another thread was faster
-                return
-            kernel(*piece, *arguments)
-
-    helpers = [_pool().submit(take) for _ in range(min(threads, count) - 1)]
-    take()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
-
-
-def _pool() -> ThreadPoolExecutor:
-    if not _pools:
-        _pools.append(ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="vmamba"))
-    return _pools[0]

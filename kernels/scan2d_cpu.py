@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmamba.kernels.cpu import kernel, part, share
+from vmamba.kernels.cpu import kernel, part
 from vmamba.kernels.selective_scan_cpu import (
     A_ROW,
     BIAS_ROW,
@@ -47,6 +47,7 @@ from vmamba.kernels.selective_scan_cpu import (
     why_not,
 )
 from vmamba.kernels.selective_scan_reference import CHUNK
+from vmamba.kernels.threads import share
 
 __all__ = ["backward", "forward", "why_not"]
 TASKS = 4  # fewer blocks of channels and samples than this: routes become tasks too, which costs a sum over y

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmamba.kernels.cpu import ONE, ZERO, exp, kernel, part, share, sigmoid, softplus
+from vmamba.kernels.cpu import ONE, ZERO, exp, kernel, part, sigmoid, softplus
 from vmamba.kernels.selective_scan_reference import CHUNK
+from vmamba.kernels.threads import share
 
 WIDTH = 32  # channels per block: divides the widths of published models, and a chunk's scratch stays in the cache
 GROUPS = 16  # about so many tasks in the backward pass: more would only make more partial sums

@@ -8,10 +8,11 @@ import pytest
 import torch
 from numba import njit
 
-from vmamba.kernels import cpu
+from vmamba.kernels import cpu, threads
 from vmamba.kernels import selective_scan_cpu as fast
 from vmamba.kernels import selective_scan_reference as exact
 from vmamba.kernels.backends import why_not
+from vmamba.kernels.threads import share
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 NAMES = ["y", "last", "states", "du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias"]
@@ -139,7 +140,7 @@ def test_a_nan_is_not_hidden():
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "PIECE", 1)
+    monkeypatch.setattr(threads, "PIECE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -153,8 +154,8 @@ def equal(first, second):
 def test_the_same_bits_on_any_number_of_threads(two_threads):
     tensors = scan_case(2, 2, 130, 200, 3)
     shared = both(fast, tensors)
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        torch.set_num_threads(count)
         assert equal(both(fast, tensors), shared)
 
 
@@ -186,13 +187,13 @@ def test_an_error_in_a_helper_reaches_the_caller(two_threads):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cpu.share(kernel, 8, 1_000_000)
+        share(kernel, 8, 1_000_000)
 
 
 def test_every_task_runs_once(two_threads):
     for tasks in (0, 1, 2, 7, 100):
         done = []
-        cpu.share(lambda first, last, done=done: done.extend(range(first, last)), tasks, 1_000_000)
+        share(lambda first, last, done=done: done.extend(range(first, last)), tasks, 1_000_000)
         assert sorted(done) == list(range(tasks))
 
 
@@ -213,5 +214,5 @@ def test_a_kernel_compiles_where_nothing_can_be_cached(monkeypatch):
 
     monkeypatch.setattr(cpu, "njit", refuse)
     out = np.zeros(3)
-    cpu.share(cpu.kernel(count), 3, 1, out)
+    share(cpu.kernel(count), 3, 1, out)
     assert out.tolist() == [1, 1, 1]

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from vmamba.kernels import cpu, scan2d_cpu
+from vmamba.kernels import scan2d_cpu, threads
 from vmamba.kernels import scan2d_reference as reference
 from vmamba.kernels.backends import use_backend
 from vmamba.kernels.scan2d import scan2d
@@ -184,7 +184,7 @@ def test_composed_gradients_where_a_route_visits_twice(backend):
 
 @pytest.fixture
 def all_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "PIECE", 1)
+    monkeypatch.setattr(threads, "PIECE", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -195,8 +195,8 @@ def all_threads(monkeypatch):
 def test_the_same_bits_on_any_number_of_threads(batch, all_threads):
     tensors, table = inputs((batch, (9, 8), 70, 2, 6, "cross"))
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
         results.append(outputs_and_gradients(tensors, table, "cpu"))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
