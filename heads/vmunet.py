@@ -14,10 +14,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from vmamba.backbone import Stage
-from vmamba.block import EPS, Block, PatchMerging, PatchStem, drop_path_rates
+from vmamba.block import Block, PatchMerging, PatchStem, drop_path_rates
 from vmamba.checkpoint import LoadReport, convert, fit, load_checkpoint, read
 from vmamba.mixers.ss2d import SS2D
 from vmamba.models.vmamba import BLOCK_KEYS, VANILLA, VMamba
+from vmamba.norm import LayerNorm
 from vmamba.registry import register
 
 
@@ -28,7 +29,7 @@ class PatchExpand(nn.Module):
         super().__init__()
         self.scale = scale
         self.expand = nn.Linear(dim, scale * scale * out_dim, bias=False)
-        self.norm = nn.LayerNorm(out_dim, EPS)
+        self.norm = LayerNorm(out_dim, wide=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, scale h, scale w, out_dim)"""

@@ -74,7 +74,7 @@ def available(operator: str) -> tuple[str, ...]:
 
 def operators() -> list[str]:
     """Names of the operators that have backends."""
-    return ["causal_conv1d", "scan2d", "selective_scan"]
+    return ["causal_conv1d", "layer_norm", "scan2d", "selective_scan"]
 
 
 def _module(operator: str, name: str) -> ModuleType:

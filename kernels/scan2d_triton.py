@@ -216,7 +216,7 @@ def forward(
     y = _slices(x, groups, options["WHOLE"])
     with _on(x):
         _forward_kernel[grid](*tensors, y, states, p, k, length, d, k // groups, b, CHUNK=CHUNK, **options)
-    return (y[0] if groups == 1 else y.sum(0)), states
+    return _total(y), states
 
 
 def backward(
@@ -249,7 +249,7 @@ def backward(
             dy.contiguous(), states, *given, dx, dprojected, ddt_proj, dA, dD, dbias, carry,
             p, k, length, d, k // groups, b, **options,
         )  # fmt: skip
-    grads = dx.sum(0), dprojected.sum(0), ddt_proj.sum(0), dA.sum((0, 2)).view_as(A), dD.sum(0), dbias.sum(0)
+    grads = _total(dx), _total(dprojected), ddt_proj.sum(0), dA.sum((0, 2)).view_as(A), dD.sum(0), dbias.sum(0)
     return tuple(g.to(t.dtype) for g, t in zip(grads, (x, projected, dt_proj, A, D, bias), strict=True))
 
 
@@ -267,6 +267,10 @@ def _launch(x: Tensor, dt_proj: Tensor, routes: Tensor, n: int, tile: dict) -> t
         **tile,
     }
     return groups, (blocks, groups), options
+
+
+def _total(slices: Tensor) -> Tensor:
+    return slices[0] if len(slices) == 1 else slices.sum(0)
 
 
 def _slices(x: Tensor, groups: int, whole: bool) -> Tensor:

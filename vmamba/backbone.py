@@ -8,7 +8,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.block import EPS
+from vmamba.norm import LayerNorm
 
 
 class Stage(nn.Module):
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         self.num_features = self.channels[-1]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(self.num_features, EPS, **self._dd)
+        self.norm = LayerNorm(self.num_features, wide=True, **self._dd)
         self.head = ClassifierHead(
             self.num_features, self.num_classes, input_fmt=self.output_fmt, **self._head_options, **self._dd
         )

@@ -8,7 +8,7 @@ from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EPS = 1e-5
+from vmamba.norm import LayerNorm
 
 
 class Block(nn.Module):
@@ -26,11 +26,11 @@ class Block(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, EPS, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = mixer(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
-            self.norm2 = nn.LayerNorm(dim, EPS, **dd)
+            self.norm2 = LayerNorm(dim, **dd)
             self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         else:
             self.norm2 = self.mlp = None
@@ -68,7 +68,7 @@ class PatchStem(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = Conv2d(in_chans, dim, 4, 4, **dd)
-        self.norm1 = nn.LayerNorm(dim, EPS, **dd)
+        self.norm1 = LayerNorm(dim, wide=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> (b, floor(h / 4), floor(w / 4), dim)"""
@@ -82,10 +82,10 @@ class ConvStem(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, EPS, **dd)
+        self.norm1 = LayerNorm(dim // 2, **dd)
         self.act = nn.GELU()
         self.conv2 = Conv2d(dim // 2, dim, 3, 2, 1, **dd)
-        self.norm2 = nn.LayerNorm(dim, EPS, **dd)
+        self.norm2 = LayerNorm(dim, wide=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> (b, ceil(h / 4), ceil(w / 4), dim)"""
@@ -99,7 +99,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int, *, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(4 * dim, EPS, **dd)
+        self.norm = LayerNorm(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class ConvDownsample(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = Conv2d(dim, out_dim, 3, 2, 1, **dd)
-        self.norm = nn.LayerNorm(out_dim, EPS, **dd)
+        self.norm = LayerNorm(out_dim, wide=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, ceil(h / 2), ceil(w / 2), out_dim)"""

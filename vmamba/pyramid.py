@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from vmamba.backbone import Backbone
-from vmamba.block import EPS
+from vmamba.norm import LayerNorm
 
 
 class Pyramid(nn.Module):
@@ -25,7 +25,7 @@ class Pyramid(nn.Module):
         self.strides = tuple(body.strides[i] for i in self.out_indices)
         self.body = body
         dd = {"device": next(body.parameters()).device, "dtype": next(body.parameters()).dtype}
-        self.norms = nn.ModuleList(nn.LayerNorm(c, EPS, **dd) if norm else nn.Identity() for c in self.channels)
+        self.norms = nn.ModuleList(LayerNorm(c, wide=True, **dd) if norm else nn.Identity() for c in self.channels)
         rules = [(rf"^outnorm{i}\.", f"norms.{slot}.") for slot, i in enumerate(self.out_indices)]
         self.official_keys = [*rules, *getattr(body, "official_keys", ()), (r"^(?=stem\.|stages\.)", "body.")]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vmamba.block import EPS, Conv2d
+from vmamba.block import Conv2d
+from vmamba.norm import LayerNorm
 
 
 class GatedMixer(nn.Module):
@@ -43,7 +44,7 @@ class GatedMixer(nn.Module):
             else nn.Identity()
         )
         self.act = act()
-        self.norm = nn.LayerNorm(inner, EPS, **dd) if norm is None else norm(inner, **dd)
+        self.norm = LayerNorm(inner, **dd) if norm is None else norm(inner, **dd)
         self.gate = None if gate is None else gate()
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 

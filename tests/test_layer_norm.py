@@ -1,0 +1,81 @@
+"""The fused LayerNorm: Triton's kernels in Triton's interpreter (a process of its own), and the module."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from vmamba.kernels import layer_norm_reference as reference
+from vmamba.norm import LayerNorm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = [(3, 5, 96), (1, 1, 7), (2, 130, 33), (4, 768), (1, 3000)]
+
+
+def tensors(shape, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(shape[-1])
+    x, weight, bias = torch.randn(shape) * 3 + 1, torch.randn(shape[-1]), torch.randn(shape[-1])
+    return [t.to(device).requires_grad_() for t in (x.to(dtype), weight, bias)]
+
+
+def values_and_gradients(forward, leaves, dtype):
+    y = forward(*leaves, 1e-5, dtype)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+def errors(leaves, dtype):
+    from vmamba.kernels import layer_norm_triton
+
+    got = values_and_gradients(layer_norm_triton.forward, leaves, dtype)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    right = values_and_gradients(reference.forward, exact, torch.float64)
+    assert [t.dtype for t in got] == [dtype, *(t.dtype for t in leaves)]
+    return [float((g.double() - r).norm() / r.norm()) for g, r in zip(got, right, strict=True)]
+
+
+if INTERPRETED:
+    from tests import interpreter  # noqa: F401
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_kernels(shape, monkeypatch):
+        from vmamba.kernels import layer_norm_triton
+
+        monkeypatch.setattr(layer_norm_triton, "PROGRAMS", 3)
+        assert max(errors(tensors(shape), torch.float32)) < 1e-6
+
+
+def test_triton_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_kernels"]
+    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert f"{len(SHAPES)} passed" in ran.stdout
+
+
+def test_on_the_cpu_it_is_pytorchs_own():
+    x, ours, theirs = torch.randn(2, 3, 5, 24), LayerNorm(24), nn.LayerNorm(24, 1e-5)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (128, 56, 56, 96), (8, 1536), (3, 8192)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_gpu_values_and_gradients(shape, dtype, bound):
+    assert max(errors(tensors(shape, dtype, "cuda"), dtype)) < bound
+    first, second = (errors(tensors(shape, dtype, "cuda"), dtype) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wide", [True, False])
+def test_gpu_autocast(wide):
+    norm, x = LayerNorm(96, wide=wide).cuda(), torch.randn(4, 7, 96, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y = norm(x)
+        assert y.dtype == (torch.float32 if wide else torch.bfloat16)
+        assert torch.allclose(y.float(), nn.functional.layer_norm(x, (96,)), atol=2e-2)
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16

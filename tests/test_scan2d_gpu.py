@@ -1,0 +1,92 @@
+"""The fused 2D scan on a CUDA GPU against the float64 reference: ``make test-gpu`` (``-s`` prints the table of errors).
+
+Half precision rounds delta's projection (tensor cores, tf32) besides the inputs: its bounds are those of the rounding.
+"""
+
+import pytest
+import torch
+
+import vmamba
+from vmamba.kernels import scan2d_reference, scan2d_triton
+from vmamba.scans import Scan
+
+pytestmark = pytest.mark.gpu
+BOUNDS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 3e-3), torch.bfloat16: (1e-3, 4e-3)}
+CASES = [  # batch, grid, d, r, n, scan
+    (2, (7, 9), 96, 6, 1, "cross"),
+    (3, (1, 1), 33, 3, 4, "cross"),
+    (64, (14, 14), 160, 10, 1, "cross"),
+    (2, (14, 14), 40, 5, 4, "bidirectional"),
+    (1, (23, 31), 33, 3, 16, "raster"),
+    (1, (8, 8), 64, 48, 64, "cross"),
+]
+
+
+def inputs(case, dtype):
+    b, grid, d, r, n, scan = case
+    table = Scan(scan).table(*grid, "cuda")
+    k, p = len(table.routes), grid[0] * grid[1]
+    generator = torch.Generator("cuda").manual_seed(d)
+
+    def normal(*shape):
+        return torch.randn(shape, device="cuda", generator=generator)
+
+    x, projected = normal(b, p, d).to(dtype), normal(b, p, k, r + 2 * n).to(dtype)
+    return [x, projected, normal(k, d, r) * r**-0.5, -normal(k, d, n).exp(), normal(k, d), normal(k, d) - 2], table
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("programs", [1, 1 << 20], ids=["routes in turn", "routes apart"])
+def test_values_and_gradients(case, dtype, programs, monkeypatch):
+    monkeypatch.setattr(scan2d_triton, "PROGRAMS", programs)
+    tensors, table = inputs(case, dtype)
+    exact = [t.double() for t in tensors]
+    y, states = scan2d_triton.forward(*tensors, *table[:2])
+    right, right_states = scan2d_reference.forward(*exact, *table[:2])
+    dy = torch.randn_like(y)
+    got = scan2d_triton.backward(dy, states, *table[:2], *tensors)
+    again = scan2d_triton.backward(dy, states, *table[:2], *tensors)
+    expected = scan2d_reference.backward(dy.double(), right_states, *table[:2], *exact)
+    figures = [
+        float((one.double() - two).norm() / two.norm()) for one, two in zip((y, *got), (right, *expected), strict=True)
+    ]
+    print(f"\n| {case} | {str(dtype)[6:]} | " + " | ".join(f"{f:.0e}" for f in figures) + " |", end=" ")
+    assert figures[0] < BOUNDS[dtype][0]
+    assert max(figures[1:]) < BOUNDS[dtype][1]
+    assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True)), "not deterministic"
+
+
+@pytest.mark.parametrize("name", ["vmamba_tiny_s1l8", "vanilla_vmamba_tiny", "vmamba_tiny_m2"])
+def test_a_network_equals_itself_on_the_cpu(name):
+    torch.manual_seed(0)
+    model, image = vmamba.create_model(name, depths=(1, 1, 1, 1), dim=32).eval(), torch.randn(2, 3, 72, 50)
+    with torch.no_grad():
+        cpu, gpu = model(image), model.cuda()(image.cuda()).cpu()
+    assert (cpu - gpu).norm() < 1e-4 * cpu.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_under_autocast_follows_float32(dtype):
+    losses = [train(enabled, dtype) for enabled in (False, True)]
+    assert torch.isfinite(losses[1]).all()
+    assert (losses[0] - losses[1]).abs().max() < 0.1 * losses[0].max()
+    assert losses[1][-1] < 0.5 * losses[1][0]
+
+
+def train(enabled, dtype, steps=200):
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_tiny_s1l8", depths=(1, 1, 1, 1), dim=32, num_classes=4, drop_path_rate=0).cuda()
+    images, labels = torch.randn(64, 3, 64, 64, device="cuda"), torch.arange(64, device="cuda") % 4
+    optimiser, scaler = torch.optim.AdamW(model.parameters(), 1e-3), torch.amp.GradScaler(enabled=enabled)
+    losses = []
+    for step in range(steps):
+        batch = torch.arange(16, device="cuda") + step % 4 * 16
+        with torch.autocast("cuda", dtype, enabled=enabled):
+            loss = torch.nn.functional.cross_entropy(model(images[batch]).float(), labels[batch])
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).view(-1, 4).mean(1).cpu()
