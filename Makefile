@@ -14,7 +14,7 @@ help:
 	@echo "make test      all tests (ARGS=... goes to pytest)"
 	@echo "make test-gpu  the tests that need a CUDA GPU"
 	@echo "make lint      ruff and pyright;  make format: ruff repairs what it can"
-	@echo "make bench     time the scans"
+	@echo "make bench     time networks against timm's (ARGS=... goes there), and on a GPU the scans"
 	@echo "make clean     remove what the above wrote;  make distclean: $(VENV) too"
 
 demo: $(VENV)/.medical
@@ -29,14 +29,15 @@ test-gpu: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 bench: $(VENV)/.medical
-	$(BIN)/python -m vmamba.tools.bench_scan $(ARGS)
+	$(BIN)/python -m vmamba.tools.bench_models $(ARGS)
+	$(BIN)/python -m vmamba.tools.bench_scan
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache lightning_logs

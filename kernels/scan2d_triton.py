@@ -169,8 +169,9 @@ def _backward_kernel(
                 direct = Ct * g
                 _first, after, m = _scan(a, a * direct, m, segment, S, BD, True)
                 dh = direct + after
-                h = a * before + gain
-                d_log = dh * (h - gain)  # dh a[t] h[t-1]
+                past = a * before  # a[t] h[t-1]
+                h = past + gain
+                d_log = dh * past
                 d_push += dh * Bt
                 d_step += d_log * rate[None, None, :]
                 tl.store(grad + pixel * k * W + R + n, tl.sum(dh * push, 2), in_t)

@@ -62,6 +62,9 @@ def times(shape: tuple[int, int, int, int, int], backend: str = "triton") -> tup
 
 def main() -> None:
     """Print a Markdown table of all cases."""
+    if not torch.cuda.is_available():
+        print("the scans alone are timed on a CUDA GPU, and there is none here")
+        return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}; ms\n")
     print("| case | b, k, l, d, n | forward | + backward | oflex | mamba |\n|---|---|---|---|---|---|")
     for (what, shape), anchor in CASES.items():
