@@ -1,10 +1,12 @@
 """Fused 2D selective scan in Triton, forward and backward; the equation and its letters are in ``scan2d_reference``.
 
-A program scans BD channels of one sample along some of its routes, one after the other, and adds each route to the
-program's own slice of y: no atomics, and nothing of size k * d * l in memory. Where that makes too few programs, groups
-of routes get slices of their own, which are summed at the end in a fixed order. Tiles, segments and the recurrence in a
-tile are those of ``selective_scan_triton``; delta is projected inside the tile, as a matrix product over the rank.
-A route must not visit a pixel twice (``Table.once``).
+A program scans BD channels of one sample along a route. Routes come one after the other, each added to the sum, so that
+there are no atomics and nothing of size k * d * l in memory. Where that makes too few programs, routes run side by side
+with slices of their own, which are summed in a fixed order. Tiles, segments and the recurrence in a tile are those of
+``selective_scan_triton``. The forward projects delta inside the tile. The backward, whose gradients need products over
+all pixels anyway, projects it in image order, a route at a time (several where they are small), which leaves it
+registers to load a tile ahead.
+A route must not visit a pixel twice, and must visit every pixel where it is as long as the map (``scan2d`` sees to it).
 """
 
 import torch
@@ -20,9 +22,10 @@ PROGRAMS = 256  # fewer than this do not fill a large GPU: routes then get progr
 # Tiles of S segments x STEPS x BD channels, measured on an H200; only one state fits in registers from tile to tile.
 WIDE = {"S": 4, "BD": 32, "num_warps": 4, "maxnreg": 128}  # forward, one state, many programs
 LONG = {"S": 8, "BD": 16, "num_warps": 4, "maxnreg": 128}  # forward, else
-BACK = {"S": 8, "BD": 16, "num_warps": 4, "maxnreg": 255}  # S * STEPS = CHUNK: a tile starts from a state that was kept
+BACK = {"S": 8, "BD": 16, "num_warps": 4, "maxnreg": 168}  # S * STEPS = CHUNK: a tile starts from a state that was kept
+BYTES = 1 << 27  # of delta's projections at a time in the backward: those of one route, or of several small ones
 LOG2E = tl.constexpr(1.4426950408889634)
-_jit = triton.jit(do_not_specialize=["p", "k", "length", "d", "share", "rows"])
+_jit = triton.jit(do_not_specialize=["p", "k", "length", "d", "share", "route", "slot", "slots", "add", "rows"])
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -97,13 +100,21 @@ def _forward_kernel(
         tl.debug_barrier()  # the next route adds to y
 
 
+@triton.jit
+def _fetch(x, raw, dy, dx, pixel, c, in_c, p, d, add):
+    """A tile (S, T, BD) of x, of delta's projection, of dy, and of what dx holds already where ``add`` is 1."""
+    inside = (pixel < p)[:, :, None] & in_c[None, None, :]
+    place = pixel[:, :, None] * d + c[None, None, :]
+    held = tl.load(dx + place, inside & (add > 0), 0)
+    return tl.load(x + place, inside, 0), tl.load(raw + place, inside, 0), tl.load(dy + place, inside, 0), held
+
+
 @_jit
 def _backward_kernel(
-    dy, states, x, projected, dt_proj, A, D, bias, routes,
-    dx, dprojected, ddt_proj, dA, dD, dbias, carry,
-    p, k, length, d, share, rows,
-    N: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, BD: tl.constexpr,
+    dy, states, x, raw, projected, A, D, bias, routes,
+    dx, draw, dBC, dA, dD, dbias, carry,
+    p, k, length, d, route, slot, slots, add, rows,
+    N: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     real = dy.dtype.element_ty
     W: tl.constexpr = R + 2 * N
@@ -111,96 +122,88 @@ def _backward_kernel(
     block = tl.program_id(0) % blocks
     c = block * BD + tl.arange(0, BD)
     bi = (tl.program_id(0) // blocks).to(tl.int64)
-    group = tl.program_id(1)
+    ki = route + tl.program_id(1)
+    slot += tl.program_id(1)
+    row = bi * k + ki
     segment = tl.arange(0, S)[:, None]
     t = segment * STEPS + tl.arange(0, STEPS)[None, :]  # (S, T)
-    flat = tl.arange(0, S * STEPS)
-    rank = tl.arange(0, RANKS)
     in_c = c < d
     x += bi * p * d
     dy += bi * p * d
-    dx += (group * rows + bi) * p * d
-    projected += bi * p * k * W
-    dprojected += (block * rows + bi) * p * k * W
+    raw += (bi * slots + slot) * p * d
+    draw += (bi * slots + slot) * p * d
+    dx += (tl.program_id(1) * rows + bi) * p * d
+    projected += bi * p * k * W + ki * W + R
+    dBC += (block * rows + bi) * p * k * 2 * N + ki * 2 * N
+    routes += ki * length
+    carry += (row * d + c) * N
+    dA += ((row * S + segment) * d + c[None, :]) * N  # (S, BD)
+    skip = tl.load(D + ki * d + c, in_c, 0).to(real)[None, None, :]
+    shift = tl.load(bias + ki * d + c, in_c, 0).to(real)[None, None, :]
+    m = tl.zeros([BD], real)
+    sum_A = tl.zeros([S, BD], real)
+    sum_D = tl.zeros([S, BD], real)
+    sum_bias = tl.zeros([S, BD], real)
     tiles = tl.cdiv(length, S * STEPS)
-    for turn in range(share):
-        ki = group * share + turn
-        row = bi * k + ki
-        route = routes + ki * length
-        own = projected + ki * W
-        grad = dprojected + ki * W
-        skip = tl.load(D + ki * d + c, in_c, 0).to(real)[None, None, :]
-        shift = tl.load(bias + ki * d + c, in_c, 0).to(real)[None, None, :]
-        in_w = in_c[None, :] & (rank < R)[:, None]
-        weight = tl.load(dt_proj + (ki * d + c)[None, :] * R + rank[:, None], in_w, 0)  # (RANKS, BD)
-        m = tl.zeros([BD], real)
-        sum_A = tl.zeros([S, BD], real)
-        sum_D = tl.zeros([S, BD], real)
-        sum_bias = tl.zeros([S, BD], real)
-        sum_w = tl.zeros([RANKS, BD], real)
-        for tile in range(0, tiles):
-            start = (tiles - 1 - tile) * S * STEPS
-            in_l = start + t < length
-            steps = in_l[:, :, None] & in_c[None, None, :]
-            pixel = tl.load(route + start + t, in_l, p)
-            in_t = in_l & (pixel < p)
-            inside = in_t[:, :, None] & in_c[None, None, :]
-            place = pixel[:, :, None] * d + c[None, None, :]
-            ut = tl.load(x + place, inside, 0).to(real)
-            g = tl.load(dy + place, inside, 0)
-            line = tl.load(route + start + flat, start + flat < length, p)
-            in_f = (line < p)[:, None] & (rank < R)[None, :]
-            factor = tl.load(own + line[:, None] * k * W + rank[None, :], in_f, 0).to(weight.dtype)
-            raw = tl.dot(factor, weight, input_precision=PRECISION)
-            step, slope = _step_size(tl.reshape(raw, [S, STEPS, BD]).to(real) + shift, steps, True)
-            push = step * ut
-            d_push = tl.zeros([S, STEPS, BD], real)
-            d_step = tl.zeros([S, STEPS, BD], real)
-            kept = states + ((row * tiles + tiles - 1 - tile) * d + c) * N
-            for n in range(N):
-                rate = tl.load(A + (ki * d + c) * N + n, in_c, 0).to(real)
-                Bt = tl.load(own + pixel * k * W + R + n, in_t, 0).to(real)[:, :, None]
-                Ct = tl.load(own + pixel * k * W + R + N + n, in_t, 0).to(real)[:, :, None]
-                a = tl.exp2(step * (rate * LOG2E)[None, None, :])
-                gain = push * Bt
-                _first, before, _last = _scan(a, gain, tl.load(kept + n, in_c, 0), segment, S, BD, False)
-                if N > 1:
-                    m = tl.load(carry + (row * d + c) * N + n, in_c & (tile > 0), 0)
-                direct = Ct * g
-                _first, after, m = _scan(a, a * direct, m, segment, S, BD, True)
-                dh = direct + after
-                past = a * before  # a[t] h[t-1]
-                h = past + gain
-                d_log = dh * past
-                d_push += dh * Bt
-                d_step += d_log * rate[None, None, :]
-                tl.store(grad + pixel * k * W + R + n, tl.sum(dh * push, 2), in_t)
-                tl.store(grad + pixel * k * W + R + N + n, tl.sum(h * g, 2), in_t)
-                if N > 1:
-                    tl.store(carry + (row * d + c) * N + n, m, in_c)
-                    at = dA + ((row * S + segment) * d + c[None, :]) * N + n
-                    total = tl.load(at, in_c[None, :] & (tile > 0), 0) + tl.sum(d_log * step, 1)
-                    tl.store(at, total, in_c[None, :])
-                else:
-                    sum_A += tl.sum(d_log * step, 1)
-            d_raw = tl.where(steps, (d_step + d_push * ut) * slope, 0)
-            sum_D += tl.sum(g * ut, 1)
-            sum_bias += tl.sum(d_raw, 1)
-            lines = tl.reshape(d_raw, [S * STEPS, BD])
-            d_factor = tl.dot(lines, tl.trans(weight.to(real)), input_precision=PRECISION)
-            tl.store(grad + line[:, None] * k * W + rank[None, :], d_factor, in_f)
-            sum_w += tl.dot(tl.trans(factor.to(real)), lines, input_precision=PRECISION)
-            d_u = step * d_push + skip * g
-            d_u += tl.load(dx + place, inside & ((turn > 0) | (not WHOLE)), 0)
-            tl.store(dx + place, d_u, inside)
+    states += ((row * tiles + tiles - 1) * d + c) * N
+    last = (tiles - 1) * S * STEPS
+    pixel = tl.load(routes + last + t, last + t < length, p)
+    x1, raw1, g1, dx1 = _fetch(x, raw, dy, dx, pixel, c, in_c, p, d, add)
+    ahead = tl.load(routes + last - S * STEPS + t, last - S * STEPS + t >= 0, p)
+    for tile in range(0, tiles):
+        start = (tiles - 1 - tile) * S * STEPS
+        in_l = start + t < length
+        steps = in_l[:, :, None] & in_c[None, None, :]
+        in_t = in_l & (pixel < p)
+        inside = in_t[:, :, None] & in_c[None, None, :]
+        place = pixel[:, :, None] * d + c[None, None, :]
+        here = pixel
+        ut, g, delta, d_u = x1.to(real), g1, raw1.to(real) + shift, dx1
+        pixel = ahead
+        x1, raw1, g1, dx1 = _fetch(x, raw, dy, dx, pixel, c, in_c, p, d, add)
+        later = start - 2 * S * STEPS + t
+        ahead = tl.load(routes + later, later >= 0, p)
+        step, slope = _step_size(delta, steps, True)
+        push = step * ut
+        d_push = tl.zeros([S, STEPS, BD], real)
+        d_step = tl.zeros([S, STEPS, BD], real)
+        for n in range(N):
+            rate = tl.load(A + (ki * d + c) * N + n, in_c, 0).to(real)
+            Bt = tl.load(projected + here * k * W + n, in_t, 0).to(real)[:, :, None]
+            Ct = tl.load(projected + here * k * W + N + n, in_t, 0).to(real)[:, :, None]
+            a = tl.exp2(step * (rate * LOG2E)[None, None, :])
+            gain = push * Bt
+            _first, before, _last = _scan(a, gain, tl.load(states + n, in_c, 0), segment, S, BD, False)
             if N > 1:
-                tl.debug_barrier()  # the next tile reads what this one carries
-        if N == 1:
-            tl.store(dA + (row * S + segment) * d + c[None, :], sum_A, in_c[None, :])
-        tl.store(dD + row * d + c, tl.sum(sum_D, 0), in_c)
-        tl.store(dbias + row * d + c, tl.sum(sum_bias, 0), in_c)
-        tl.store(ddt_proj + (row * d + c)[None, :] * R + rank[:, None], sum_w, in_w)
-        tl.debug_barrier()  # the next route adds to dx
+                m = tl.load(carry + n, in_c & (tile > 0), 0)
+            direct = Ct * g
+            _first, after, m = _scan(a, a * direct, m, segment, S, BD, True)
+            dh = direct + after
+            past = a * before  # a[t] h[t-1]
+            d_log = dh * past
+            d_push += dh * Bt
+            d_step += d_log * rate[None, None, :]
+            tl.store(dBC + here * k * 2 * N + n, tl.sum(dh * push, 2), in_t)
+            tl.store(dBC + here * k * 2 * N + N + n, tl.sum((past + gain) * g, 2), in_t)
+            if N > 1:
+                tl.store(carry + n, m, in_c)
+                total = tl.load(dA + n, in_c[None, :] & (tile > 0), 0) + tl.sum(d_log * step, 1)
+                tl.store(dA + n, total, in_c[None, :])
+            else:
+                sum_A += tl.sum(d_log * step, 1)
+        d_delta = tl.where(steps, (d_step + d_push * ut) * slope, 0)
+        sum_D += tl.sum(g * ut, 1)
+        sum_bias += tl.sum(d_delta, 1)
+        tl.store(draw + place, d_delta, inside)
+        d_u += step * d_push + skip * g
+        tl.store(dx + place, d_u, inside)
+        if N > 1:
+            tl.debug_barrier()  # the next tile reads what this one carries
+        states -= d * N
+    if N == 1:
+        tl.store(dA, sum_A, in_c[None, :])
+    tl.store(dD + row * d + c, tl.sum(sum_D, 0), in_c)
+    tl.store(dbias + row * d + c, tl.sum(sum_bias, 0), in_c)
 
 
 def forward(
@@ -233,25 +236,38 @@ def backward(
     bias: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, projected, dt_proj, A, D, bias, each in its tensor's dtype."""
+    tensors = x, projected, dt_proj, A, D, bias
     b, p, d = x.shape
-    k, length = routes.shape
-    n = A.shape[-1]
-    given = [t.contiguous() for t in (x, projected, dt_proj, A, D, bias, routes)]
-    groups, grid, options = _launch(x, dt_proj, routes, n, BACK)
-    dx = _slices(x, groups, options["WHOLE"])
-    new = states.new_empty if options["WHOLE"] else states.new_zeros
-    dprojected = new(triton.cdiv(d, options["BD"]), *projected.shape)
-    ddt_proj = states.new_empty(b, *dt_proj.shape)
-    dA = states.new_empty(b, k, options["S"], d, n)
+    (k, length), n, rank = routes.shape, A.shape[-1], dt_proj.shape[-1]
+    dy, x, projected, A, D, bias, routes = (t.contiguous() for t in (dy, x, projected, A, D, bias, routes))
+    blocks = b * triton.cdiv(d, BACK["BD"])
+    abreast = 1 if blocks >= PROGRAMS else k  # routes per launch
+    at_once = k if abreast == k else min(k, max(1, BYTES // (x.numel() * projected.element_size())))
+    whole = length == p
+    dx = _slices(x, abreast, whole)
+    new = states.new_empty if whole else states.new_zeros
+    dBC = new(triton.cdiv(d, BACK["BD"]), b, p, k, 2 * n)
+    dA, carry = states.new_empty(b, k, BACK["S"], d, n), states.new_empty(b, k, d, n)
     dD, dbias = states.new_empty(b, k, d), states.new_empty(b, k, d)
-    carry = states.new_empty(b, k, d, n)
+    dprojected, ddt_proj = torch.empty_like(projected), torch.empty_like(dt_proj)
     with _on(x):
-        _backward_kernel[grid](
-            dy.contiguous(), states, *given, dx, dprojected, ddt_proj, dA, dD, dbias, carry,
-            p, k, length, d, k // groups, b, **options,
-        )  # fmt: skip
-    grads = _total(dx), _total(dprojected), ddt_proj.sum(0), dA.sum((0, 2)).view_as(A), dD.sum(0), dbias.sum(0)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, (x, projected, dt_proj, A, D, bias), strict=True))
+        for start in range(0, k, at_once):
+            these = slice(start, min(start + at_once, k))
+            factor = projected[:, :, these, :rank].transpose(1, 2)  # (b, routes, p, r)
+            weight = dt_proj[these].to(projected.dtype)  # (routes, d, r)
+            raw = (factor @ weight.mT).contiguous()  # (b, routes, p, d)
+            draw = torch.empty_like(raw) if whole else torch.zeros_like(raw)
+            for route in range(these.start, these.stop, abreast):
+                _backward_kernel[(blocks, abreast)](
+                    dy, states, x, raw, projected, A, D, bias, routes, dx, draw, dBC, dA, dD, dbias, carry,
+                    p, k, length, d, route, route - start, raw.shape[1], int(route > 0 or not whole), b,
+                    n, rank, **BACK,
+                )  # fmt: skip
+            dprojected[:, :, these, :rank] = (draw @ weight).transpose(1, 2)
+            ddt_proj[these] = (draw.mT @ factor).sum(0, dtype=torch.float32)
+    dprojected[..., rank:] = _total(dBC)
+    grads = _total(dx), dprojected, ddt_proj, dA.sum((0, 2)).view_as(A), dD.sum(0), dbias.sum(0)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
 def _launch(x: Tensor, dt_proj: Tensor, routes: Tensor, n: int, tile: dict) -> tuple[int, tuple[int, int], dict]:

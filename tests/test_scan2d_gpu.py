@@ -1,6 +1,7 @@
 """The fused 2D scan on a CUDA GPU against the float64 reference: ``make test-gpu`` (``-s`` prints the table of errors).
 
-Half precision rounds delta's projection (tensor cores, tf32) besides the inputs: its bounds are those of the rounding.
+Half precision rounds delta's projection besides the inputs (tf32 in the forward, the inputs' type in the backward, as a
+linear layer under autocast does): its bounds are those of the rounding.
 """
 
 import pytest
@@ -11,7 +12,7 @@ from vmamba.kernels import scan2d_reference, scan2d_triton
 from vmamba.scans import Scan
 
 pytestmark = pytest.mark.gpu
-BOUNDS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 3e-3), torch.bfloat16: (1e-3, 4e-3)}
+BOUNDS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 3e-3), torch.bfloat16: (1e-3, 8e-3)}
 CASES = [  # batch, grid, d, r, n, scan
     (2, (7, 9), 96, 6, 1, "cross"),
     (3, (1, 1), 33, 3, 4, "cross"),
