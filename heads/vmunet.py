@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from vmamba.backbone import Stage
-from vmamba.block import Block, PatchMerging, PatchStem, drop_path_rates
+from vmamba.block import Block, PatchMerging, PatchStem, drop_path_rates, init_linear
 from vmamba.checkpoint import LoadReport, convert, fit, load_checkpoint, read
 from vmamba.mixers.ss2d import SS2D
 from vmamba.models.vmamba import BLOCK_KEYS, VANILLA, VMamba
@@ -86,7 +86,7 @@ class VMUNet(nn.Module):
         self.decoder = nn.ModuleList(map(stage, up, dims[::-1], rates_decoder))
         self.final_up = PatchExpand(dims[0], dims[0] // 4, scale=4)
         self.final_conv = nn.Conv2d(dims[0] // 4, num_classes, 1)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans or 1, h, w) -> (b, num_classes, h, w)"""
@@ -143,13 +143,6 @@ def load_imagenet(model: VMUNet, source: "str | Path | Mapping") -> LoadReport:
 
 
 _OWN = re.compile(r"decoder\.\d+\.downsample\.|final_")  # what VM-UNet has and VMamba has not
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 VARIANTS = {

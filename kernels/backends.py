@@ -8,13 +8,14 @@ automatic. An explicit choice never falls back: it raises with the reason and wi
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -64,6 +65,12 @@ def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:
         return _module(operator, name).why_not(*tensors)
     except ImportError as error:
         return f"{error.name or error} is not installed"
+
+
+def other_types(tensors: Iterable[Tensor], types: Sequence[torch.dtype]) -> str | None:
+    """Why a backend that takes ``types`` cannot take these tensors; None where it can."""
+    odd = sorted({str(t.dtype) for t in tensors if t.dtype not in types})
+    return f"it takes {', '.join(map(str, types))}, got {', '.join(odd)}" if odd else None
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vmamba.kernels.backends import other_types
 from vmamba.kernels.causal_conv1d_reference import gradients
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -14,8 +15,7 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def why_not(*tensors: Tensor) -> str | None:
     """None for floating-point tensors."""
-    odd = sorted({str(t.dtype) for t in tensors if t.dtype not in TYPES})
-    return f"it takes {', '.join(map(str, TYPES))}, got {', '.join(odd)}" if odd else None
+    return other_types(tensors, TYPES)
 
 
 def forward(x, weight, bias, initial, silu):

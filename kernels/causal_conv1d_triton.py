@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmamba.kernels.backends import other_types
+
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN, SILU, SILU_GRADIENT = range(3)
 
 
 def why_not(*tensors: Tensor) -> str | None:
     """None where these tensors' types can be filtered; the device is the business of ``backends``."""
-    odd = sorted({str(t.dtype) for t in tensors if t.dtype not in TYPES})
-    return f"it takes {', '.join(map(str, TYPES))}, got {', '.join(odd)}" if odd else None
+    return other_types(tensors, TYPES)
 
 
 @triton.jit

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmamba.kernels.backends import other_types
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 8192
 TILE = 2048  # about so many numbers per program and step
@@ -20,11 +22,9 @@ PROGRAMS = 1024  # in the backward, each with its own sums over rows
 
 def why_not(*tensors: Tensor) -> str | None:
     """None where these tensors can be normalised; the device is the business of ``backends``."""
-    other = {t.dtype for t in tensors} - set(DTYPES)
-    if other:
-        return f"it takes {', '.join(map(str, DTYPES))}, not {', '.join(map(str, other))}"
     channels = tensors[0].shape[-1]
-    return f"it takes up to {WIDEST} channels, not {channels}" if channels > WIDEST else None
+    wider = f"it takes up to {WIDEST} channels, got {channels}" if channels > WIDEST else None
+    return other_types(tensors, DTYPES) or wider
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmamba.kernels.backends import other_types
 from vmamba.kernels.selective_scan_reference import CHUNK
 from vmamba.kernels.selective_scan_triton import STEPS, _on, _scan, _step_size
 
@@ -30,8 +31,7 @@ _jit = triton.jit(do_not_specialize=["p", "k", "length", "d", "share", "route", 
 
 def why_not(*tensors: Tensor) -> str | None:
     """None where these tensors' types can be scanned; the device is the business of ``backends``."""
-    other = {t.dtype for t in tensors} - set(DTYPES)
-    return f"it takes {', '.join(map(str, DTYPES))}, not {', '.join(map(str, other))}" if other else None
+    return other_types(tensors, DTYPES)
 
 
 @_jit

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmamba.kernels.backends import other_types
 from vmamba.kernels.cpu import ONE, ZERO, exp, kernel, part, sigmoid, softplus
 from vmamba.kernels.selective_scan_reference import CHUNK
 from vmamba.kernels.threads import share
@@ -28,8 +29,7 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def why_not(*tensors: Tensor) -> str | None:
     """None for CPU tensors of a floating-point type; half precision is computed in float32."""
-    odd = {t.dtype for t in tensors} - set(TYPES)
-    return f"it takes {', '.join(map(str, TYPES))}, got {', '.join(map(str, odd))}" if odd else None
+    return other_types(tensors, TYPES)
 
 
 @part

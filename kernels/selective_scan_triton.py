@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmamba.kernels.backends import other_types
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,10 +34,7 @@ _jit = triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_P
 
 def why_not(*tensors: Tensor) -> str | None:
     """None where these tensors' types can be scanned; the device is the business of ``backends``."""
-    other = {t.dtype for t in tensors} - set(DTYPES)
-    if other:
-        return f"it takes float16, bfloat16, float32 and float64, not {', '.join(sorted(map(str, other)))}"
-    return None
+    return other_types(tensors, DTYPES)
 
 
 @triton.jit

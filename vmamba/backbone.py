@@ -8,6 +8,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vmamba.block import init_linear
 from vmamba.norm import LayerNorm
 
 
@@ -79,10 +80,7 @@ class Backbone(nn.Module):
         for module in self.modules():
             if needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            init_linear(module)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> normalised last map (b, h / s, w / s, c)."""

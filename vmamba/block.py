@@ -48,6 +48,14 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return cast(list[list[float]], calculate_drop_path_rates(rate, list(depths), stagewise=True))
 
 
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights (0.02) and zero bias where ``module`` is a linear layer; for ``model.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution over channels-last maps, (b, h, w, c) -> (b, h', w', c')."""
 
