@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import vmamba
-from vmamba.kernels import scan2d_reference, scan2d_triton
+from vmamba.kernels import scan2d_cuda, scan2d_reference, scan2d_triton
 from vmamba.scans import Scan
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 3e-3), torch.bfloat16: (1e-3, 8e-3)}
+BACKENDS = [(scan2d_triton, dtype) for dtype in BOUNDS] + [(scan2d_cuda, dtype) for dtype in scan2d_cuda.TYPES]
 CASES = [  # batch, grid, d, r, n, scan
     (2, (7, 9), 96, 6, 1, "cross"),
     (3, (1, 1), 33, 3, 4, "cross"),
@@ -20,6 +21,8 @@ CASES = [  # batch, grid, d, r, n, scan
     (2, (14, 14), 40, 5, 4, "bidirectional"),
     (1, (23, 31), 33, 3, 16, "raster"),
     (1, (8, 8), 64, 48, 64, "cross"),
+    (5, (17, 33), 96, 12, 1, "cross"),
+    (2, (9, 16), 130, 64, 1, "cross"),
 ]
 
 
@@ -41,22 +44,24 @@ def inputs(case, dtype):
     return [x, projected, normal(k, d, r) * r**-0.5, -normal(k, d, n).exp(), normal(k, d), normal(k, d) - 2], table
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=lambda t: str(getattr(t, "__name__", t)).split(".")[-1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("programs", [1, 1 << 20], ids=["routes in turn", "routes apart"])
-def test_values_and_gradients(case, dtype, programs, monkeypatch):
-    monkeypatch.setattr(scan2d_triton, "PROGRAMS", programs)
+def test_values_and_gradients(case, backend, dtype, programs, monkeypatch):
+    monkeypatch.setattr(backend, "PROGRAMS", programs)
+    assert backend.why_not(*inputs(case, dtype)[0]) is None
     tensors, table = inputs(case, dtype)
     exact = [t.double() for t in tensors]
-    y, states = scan2d_triton.forward(*tensors, *table[:2])
+    y, states = backend.forward(*tensors, *table[:2])
     right, right_states = scan2d_reference.forward(*exact, *table[:2])
     dy = torch.randn_like(y)
-    got = scan2d_triton.backward(dy, states, *table[:2], *tensors)
-    again = scan2d_triton.backward(dy, states, *table[:2], *tensors)
+    got = backend.backward(dy, states, *table[:2], *tensors)
+    again = backend.backward(dy, states, *table[:2], *tensors)
     expected = scan2d_reference.backward(dy.double(), right_states, *table[:2], *exact)
     pairs = zip((y, *got), (right, *expected), strict=True)
     figures = [float((one.double() - two).norm() / two.norm().clamp(min=1e-30)) for one, two in pairs]
-    print(f"\n| {case} | {str(dtype)[6:]} | " + " | ".join(f"{f:.0e}" for f in figures) + " |", end=" ")
+    name = backend.__name__.split("_")[-1]
+    print(f"\n| {name} | {case} | {str(dtype)[6:]} | " + " | ".join(f"{f:.0e}" for f in figures) + " |", end=" ")
     assert figures[0] < BOUNDS[dtype][0]
     assert max(figures[1:]) < BOUNDS[dtype][1]
     assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True)), "not deterministic"

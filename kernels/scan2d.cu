@@ -1,0 +1,529 @@
+// Fused 2D selective scan, forward and backward; the equation and its letters are in scan2d_reference.py.
+//
+// A block scans 32 channels of one sample along its routes, one after the other, each added to the sum in y. It walks
+// in tiles of 64 steps: a warp holds 8 steps, a lane one channel, so every row of channels is one coalesced access and
+// a segment's recurrence stays in a lane's registers. Segments are chained through shared memory, with one barrier per
+// tile and state. Delta is projected by the tensor cores (tf32). What a tile needs is loaded one tile ahead.
+// The backward walks from the end: it runs a tile again from the state kept before it, and the adjoint the other way.
+//
+// Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, WHOLE (a route visits every pixel), blocks per
+// multiprocessor, and the bytes of shared memory that a block takes.
+
+typedef unsigned short u16;
+constexpr int WARPS = 8, STEPS = 8, TILE = WARPS * STEPS, KS = (R + 7) / 8, WIDTH = R + 2 * N;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr unsigned ALL = 0xffffffffu;
+
+__device__ __forceinline__ float real(u16 v) {
+#ifdef T_BF16
+    return __uint_as_float(unsigned(v) << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+#endif
+}
+
+__device__ __forceinline__ float power2(float v) {
+    float f;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(f) : "f"(v));
+    return f;
+}
+
+__device__ __forceinline__ unsigned tf32(float v) {
+    unsigned f;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(f) : "f"(v));
+    return f;
+}
+
+// softplus(raw); log(1 + s) / s on [0, 1] is a Chebyshev fit, 2e-7 relative, also near 0
+__device__ __forceinline__ float softplus(float raw) {
+    float s = power2(-LOG2E * fabsf(raw));
+    float f = s * 0.0051058256067335606f - 0.028991956263780594f;
+    f = f * s + 0.07738073915243149f;
+    f = f * s - 0.13590599596500397f;
+    f = f * s + 0.1907130926847458f;
+    f = f * s - 0.2483394593000412f;
+    f = f * s + 0.3331793546676636f;
+    f = f * s - 0.4999943673610687f;
+    f = f * s + 0.9999999403953552f;
+    return fmaxf(raw, 0.f) + f * s;
+}
+
+// The derivative of softplus where softplus is `step`: 1 - exp(-step)
+__device__ __forceinline__ float slope_at(float step) {
+    float small = step * (1 - step * (0.5f - step * (1 / 6.f)));
+    return step < 0.02f ? small : 1 - power2(-LOG2E * step);
+}
+
+// d (16 channels x 8 steps) += a (16 x 8 ranks) b (8 ranks x 8 steps)
+__device__ __forceinline__ void mma(float (&d)[4], float4 a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.y)), "r"(__float_as_uint(a.z)), "r"(__float_as_uint(a.w)),
+          "r"(b0), "r"(b1));
+}
+
+// What a warp loads of its 8 steps, as it comes from memory
+struct Loaded {
+    u16 x[STEPS], factor[2 * KS], bc[(STEPS * 2 * N + 31) / 32];
+};
+
+// Lane j holds of step j % 8 the pixel, p for none (a padding zero, or past the route's end).
+__device__ __forceinline__ int pixel_at(const int* route, int at, int length, int p) {
+    int step = at + (threadIdx.x & 7);
+    return step < length ? __ldg(route + step) : p;
+}
+
+template <typename V> __device__ __forceinline__ V& at_byte(V* base, unsigned offset) {
+    return *(V*)((char*)base + offset);
+}
+
+// A load that stays where it is written: ahead of the computation that hides it.
+__device__ __forceinline__ u16 fetch(const u16* base, unsigned offset) {
+    u16 v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"((const char*)base + offset));
+    return v;
+}
+
+// A pointer whose origin the compiler does not know: it keeps it rather than computing it again at every use.
+template <typename V> __device__ __forceinline__ V* kept_pointer(V* p) {
+    asm("" : "+l"(p));
+    return p;
+}
+
+// A warp's rows of x (at its channel) and of projected; where there is no pixel, those of pixel 0.
+__device__ __forceinline__ void load(Loaded& to, const u16* x, const u16* own, int pixel, int p, int d, int kw) {
+    int lane = threadIdx.x & 31, safe = pixel < p ? pixel : 0;
+    unsigned row_x = safe * d * 2, row = safe * kw * 2;
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) to.x[j] = fetch(x, __shfl_sync(ALL, row_x, j));
+    unsigned mine = __shfl_sync(ALL, row, lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 2 * KS; i++) to.factor[i] = fetch(own, mine + min(i * 4 + (lane & 3), R - 1) * 2);
+#pragma unroll
+    for (int i = 0; i * 32 < STEPS * 2 * N; i++) {
+        int v = i * 32 + lane;
+        to.bc[i] = fetch(own, __shfl_sync(ALL, row, v / (2 * N) % STEPS) + (R + v % (2 * N)) * 2);
+    }
+}
+
+struct Forward {                      // shared memory
+    float4 weight[KS][2][32];         // dt_proj as the tensor cores take it
+    float raw[WARPS][STEPS * 36];     // projected delta: step, channel
+    float bc[WARPS][STEPS * 2 * N];   // B and C of each step, in pairs
+    float2 chain[2][WARPS][32];       // each segment's map h -> x h + y
+    float carry[2][N][32];            // the state before a tile
+};
+static_assert(sizeof(Forward) == FORWARD_BYTES, "the launch reserves as much");
+
+extern "C" __global__ void __launch_bounds__(256, FORWARD_BLOCKS)
+forward(const u16* __restrict__ x, const u16* __restrict__ projected, const float* __restrict__ dt_proj,
+        const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ bias,
+        const int* __restrict__ routes, float* y, float* __restrict__ states,
+        int p, int k, int length, int d, int share, int rows) {
+    extern __shared__ float4 memory[];
+    Forward& m = *(Forward*)memory;
+
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int blocks = (d + 31) / 32, c0 = blockIdx.x % blocks * 32, c = min(c0 + lane, d - 1);
+    long long bi = blockIdx.x / blocks;
+    bool in_c = c0 + lane < d;
+    int kw = k * WIDTH;
+    x = kept_pointer(x + bi * p * d + c);
+    y = kept_pointer(y + (blockIdx.y * (long long)rows + bi) * p * d + c);
+    projected += bi * p * kw;
+
+    for (int turn = 0; turn < share; turn++) {
+        int ki = blockIdx.y * share + turn;
+        const int* route = routes + (long long)ki * length;
+        const u16* own = kept_pointer(projected + ki * WIDTH);
+        float* kept = kept_pointer(states + (bi * k + ki) * ((length + TILE - 1) / TILE) * d * N + c * N);
+        float skip = D[ki * d + c], shift = bias[ki * d + c], rate = A[(ki * d + c) * N] * LOG2E;
+        bool add = turn > 0 || !WHOLE;
+        __syncthreads();  // the last route is done with shared memory
+        for (int i = threadIdx.x; i < KS * 64; i += 256) {
+            int l = i & 31, half = i >> 5 & 1, ks = i >> 6, row = c0 + half * 16 + (l >> 2), rank = ks * 8 + (l & 3);
+            auto w = [&](int r, int q) {
+                return r < d && q < R ? __uint_as_float(tf32(dt_proj[((long long)ki * d + r) * R + q])) : 0.f;
+            };
+            m.weight[ks][half][l] = make_float4(w(row, rank), w(row + 8, rank), w(row, rank + 4), w(row + 8, rank + 4));
+        }
+        for (int i = threadIdx.x; i < N * 32; i += 256) m.carry[0][i / 32][i % 32] = 0;
+        Loaded next;
+        int pixel = pixel_at(route, warp * STEPS, length, p);
+        load(next, x, own, pixel, p, d, kw);
+        int ahead = pixel_at(route, TILE + warp * STEPS, length, p);
+        __syncthreads();
+
+        int turns = 0, tile = 0;  // barriers passed, tiles done
+#pragma unroll 1
+        for (int start = 0; start < length; start += TILE, tile++) {
+            int at = start + warp * STEPS, here = pixel;
+            unsigned place = (here < p ? here : 0) * d * 4;  // of y, in bytes
+            float u[STEPS], step[STEPS], out[STEPS];
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                out[j] = 0;
+                u[j] = real(next.x[j]);
+            }
+            if (add) {
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) out[j] = at_byte(y, __shfl_sync(ALL, place, j));
+            }
+            float s[2][4] = {};
+#pragma unroll
+            for (int ks = 0; ks < KS; ks++) {
+                unsigned b0 = __float_as_uint(real(next.factor[2 * ks]));
+                unsigned b1 = __float_as_uint(real(next.factor[2 * ks + 1]));
+                mma(s[0], m.weight[ks][0][lane], b0, b1);
+                mma(s[1], m.weight[ks][1][lane], b0, b1);
+            }
+#pragma unroll
+            for (int i = 0; i * 32 < STEPS * 2 * N; i++) {
+                int v = i * 32 + lane, of = v % (2 * N);  // pairs of B and C
+                if (v < STEPS * 2 * N) m.bc[warp][v / (2 * N) * 2 * N + of % N * 2 + of / N] = real(next.bc[i]);
+            }
+            float* raw_w = m.raw[warp] + (lane & 3) * 72 + (lane >> 2);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                raw_w[half * 16] = s[half][0];
+                raw_w[half * 16 + 36] = s[half][1];
+                raw_w[half * 16 + 8] = s[half][2];
+                raw_w[half * 16 + 44] = s[half][3];
+            }
+            pixel = ahead;
+            load(next, x, own, pixel, p, d, kw);
+            ahead = pixel_at(route, at + 2 * TILE, length, p);
+            __syncwarp();
+            unsigned there = WHOLE ? ALL : __ballot_sync(ALL, here < p);  // steps with a pixel
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                bool read = WHOLE || there >> j & 1;
+                float raw = (read ? m.raw[warp][j * 36 + lane] : 0.f) + shift;
+                step[j] = softplus(at + j < length ? raw : -1e30f);  // no step past the end
+                u[j] = read ? u[j] : 0.f;
+                out[j] += u[j] * skip;
+                u[j] *= step[j];
+            }
+#pragma unroll 1
+            for (int n = 0; n < N; n++, turns++) {
+                if (N > 1) rate = A[(ki * d + c) * N + n] * LOG2E;
+                float a[STEPS], C[STEPS], gain[STEPS], product = 1, sum = 0;
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) {
+                    float2 bc = *(float2*)&m.bc[warp][(j * N + n) * 2];
+                    a[j] = power2(step[j] * rate);
+                    gain[j] = u[j] * bc.x;
+                    C[j] = bc.y;
+                }
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) {
+                    product *= a[j];
+                    sum = a[j] * sum + gain[j];
+                }
+                m.chain[turns & 1][warp][lane] = make_float2(product, sum);
+                __syncthreads();
+                float h = m.carry[tile & 1][n][lane];
+                if (warp == 0 && in_c) kept[n] = h;
+                float2 map[WARPS - 1];
+#pragma unroll
+                for (int w = 0; w < WARPS - 1; w++) map[w] = m.chain[turns & 1][w][lane];
+#pragma unroll
+                for (int w = 0; w < WARPS - 1; w++) h = w < warp ? map[w].x * h + map[w].y : h;
+                if (warp == WARPS - 1) m.carry[~tile & 1][n][lane] = product * h + sum;
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) {
+                    h = a[j] * h + gain[j];
+                    out[j] += h * C[j];
+                }
+            }
+            kept += d * N;
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                unsigned to = __shfl_sync(ALL, place, j);
+                if (in_c && at + j < length && (WHOLE || there >> j & 1)) at_byte(y, to) = out[j];
+            }
+            __syncwarp();
+        }
+    }
+}
+
+constexpr int TILES_W = 2 * KS, GROUPS_W = TILES_W < 8 ? 8 / TILES_W : 1, MORE_W = (TILES_W + 7) / 8;  // of dt_proj's gradient
+constexpr int MT = (R + 15) / 16, ROW_F = 8 * KS + 2;  // tiles of 16 ranks; a row of factors in shared memory
+
+// The sum over lanes of v[i], for 16 values at once; lane l ends up with that of value l / 2.
+__device__ __forceinline__ float sums(float (&v)[16]) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int half = 8; half; half /= 2) {
+        bool upper = lane & 2 * half;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
+            v[i] = keep + __shfl_xor_sync(ALL, send, 2 * half);
+        }
+    }
+    return v[0] + __shfl_xor_sync(ALL, v[0], 1);
+}
+
+struct Backward {                            // shared memory
+    float4 weight[KS][2][32];                    // dt_proj as the tensor cores take it: channels x ranks
+    float4 back[MT][4][32];                      // the same as ranks x channels
+    float raw[WARPS][STEPS * 36];                // projected delta: step, channel
+    float draw[WARPS][STEPS * 36];               // its gradient
+    u16 factor[2][TILE][ROW_F];                  // delta's factor: step, rank
+    float bc[WARPS][STEPS * 2 * N];              // B and C of each step, in pairs
+    float2 ahead[2][WARPS][32];                  // each segment's map of h
+    float behind[2][WARPS][32];                  // and the constant of its map of the adjoint
+    float carry[2][N][32];                       // the adjoint after a tile
+    float dA[WARPS][N][32];
+    float sum[2][WARPS][32];
+};
+
+static_assert(sizeof(Backward) == BACKWARD_BYTES, "the launch reserves as much");
+
+extern "C" __global__ void __launch_bounds__(256, BACKWARD_BLOCKS)
+backward(const float* __restrict__ dy, const float* __restrict__ states, const u16* __restrict__ x,
+         const u16* __restrict__ projected, const float* __restrict__ dt_proj, const float* __restrict__ A,
+         const float* __restrict__ D, const float* __restrict__ bias, const int* __restrict__ routes,
+         float* dx, float* __restrict__ dprojected, float* __restrict__ ddt_proj, float* __restrict__ dA,
+         float* __restrict__ dD, float* __restrict__ dbias, int p, int k, int length, int d, int share, int rows) {
+    extern __shared__ float4 memory[];
+    Backward& m = *(Backward*)memory;
+
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int blocks = (d + 31) / 32, block = blockIdx.x % blocks, c0 = block * 32, c = min(c0 + lane, d - 1);
+    long long bi = blockIdx.x / blocks;
+    bool in_c = c0 + lane < d;
+    int kw = k * WIDTH, tiles = (length + TILE - 1) / TILE;
+    x = kept_pointer(x + bi * p * d + c);
+    dy = kept_pointer(dy + bi * p * d + c);
+    dx = kept_pointer(dx + (blockIdx.y * (long long)rows + bi) * p * d + c);
+    projected += bi * p * kw;
+
+    for (int turn = 0; turn < share; turn++) {
+        int ki = blockIdx.y * share + turn;
+        const int* route = routes + (long long)ki * length;
+        const u16* own = kept_pointer(projected + ki * WIDTH);
+        float* down = kept_pointer(dprojected + (block * (long long)rows + bi) * p * kw + ki * WIDTH);
+        const float* kept = kept_pointer(states + ((bi * k + ki) * tiles + tiles - 1) * d * N + c * N);
+        float skip = D[ki * d + c], shift = bias[ki * d + c], rate = A[(ki * d + c) * N];
+        float sum_A = 0, sum_D = 0, sum_bias = 0, sum_W[MORE_W][4] = {};
+        bool add = turn > 0 || !WHOLE;
+        auto w = [&](int r, int q) {
+            return r < d && q < R ? __uint_as_float(tf32(dt_proj[((long long)ki * d + r) * R + q])) : 0.f;
+        };
+        __syncthreads();  // the last route is done with shared memory
+        for (int i = threadIdx.x; i < KS * 64; i += 256) {
+            int l = i & 31, half = i >> 5 & 1, ks = i >> 6, row = c0 + half * 16 + (l >> 2), rank = ks * 8 + (l & 3);
+            m.weight[ks][half][l] = make_float4(w(row, rank), w(row + 8, rank), w(row, rank + 4), w(row + 8, rank + 4));
+        }
+        for (int i = threadIdx.x; i < MT * 128; i += 256) {
+            int l = i & 31, ks = i >> 5 & 3, mt = i >> 7, rank = mt * 16 + (l >> 2), row = c0 + ks * 8 + (l & 3);
+            m.back[mt][ks][l] = make_float4(w(row, rank), w(row, rank + 8), w(row + 4, rank), w(row + 4, rank + 8));
+        }
+        for (int i = threadIdx.x; i < N * 32; i += 256) m.carry[0][i / 32][i % 32] = 0;
+        for (int n = 0; n < N; n++) m.dA[warp][n][lane] = 0;
+        int last = (tiles - 1) * TILE + warp * STEPS;
+        Loaded next;
+        float g_next[STEPS];
+        int pixel = pixel_at(route, last, length, p);
+        load(next, x, own, pixel, p, d, kw);
+        auto load_dy = [&](int pixel) {
+            unsigned row = (pixel < p ? pixel : 0) * d * 4;
+#pragma unroll
+            for (int j = 0; j < STEPS; j++)
+                asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(g_next[j])
+                             : "l"((const char*)dy + __shfl_sync(ALL, row, j)));
+        };
+        load_dy(pixel);
+        int ahead = tiles > 1 ? pixel_at(route, last - TILE, length, p) : p;
+        __syncthreads();
+
+        int turns = 0;  // barriers passed
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile++) {
+            int start = (tiles - 1 - tile) * TILE, at = start + warp * STEPS, here = pixel;
+            unsigned place = (here < p ? here : 0) * d * 4;  // of dx, in bytes
+            unsigned there = __ballot_sync(ALL, here < p);   // steps with a pixel
+            float u[STEPS], g[STEPS], du[STEPS], step[STEPS], d_step[STEPS];
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                bool read = in_c && there >> j & 1;
+                u[j] = read ? real(next.x[j]) : 0.f;
+                g[j] = read ? g_next[j] : 0.f;
+            }
+            float s[2][4] = {};
+            u16* factor = &m.factor[tile & 1][warp * STEPS + (lane >> 2)][lane & 3];
+            bool mine = there >> (lane >> 2) & 1;
+#pragma unroll
+            for (int ks = 0; ks < KS; ks++) {
+                u16 f0 = WHOLE || mine ? next.factor[2 * ks] : u16(0), f1 = WHOLE || mine ? next.factor[2 * ks + 1] : u16(0);
+                factor[ks * 8] = f0;
+                factor[ks * 8 + 4] = f1;
+                unsigned b0 = __float_as_uint(real(f0)), b1 = __float_as_uint(real(f1));
+                mma(s[0], m.weight[ks][0][lane], b0, b1);
+                mma(s[1], m.weight[ks][1][lane], b0, b1);
+            }
+#pragma unroll
+            for (int i = 0; i * 32 < STEPS * 2 * N; i++) {
+                int v = i * 32 + lane, of = v % (2 * N);  // pairs of B and C
+                if (v < STEPS * 2 * N) m.bc[warp][v / (2 * N) * 2 * N + of % N * 2 + of / N] = real(next.bc[i]);
+            }
+            float* raw_w = m.raw[warp] + (lane & 3) * 72 + (lane >> 2);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                raw_w[half * 16] = s[half][0];
+                raw_w[half * 16 + 36] = s[half][1];
+                raw_w[half * 16 + 8] = s[half][2];
+                raw_w[half * 16 + 44] = s[half][3];
+            }
+            pixel = ahead;
+            load(next, x, own, pixel, p, d, kw);
+            load_dy(pixel);
+            ahead = at >= 2 * TILE ? pixel_at(route, at - 2 * TILE, length, p) : p;
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                float raw = m.raw[warp][j * 36 + lane] + shift;
+                step[j] = softplus(at + j < length ? raw : -1e30f);  // no step past the end
+                sum_D += g[j] * u[j];
+                du[j] = g[j] * skip;
+                d_step[j] = 0;
+            }
+            float held[STEPS] = {};  // what dx has already
+#pragma unroll 1
+            for (int n = 0; n < N; n++, turns++) {
+                if (N > 1) rate = A[(ki * d + c) * N + n];
+                float h = in_c ? kept[n] : 0.f;
+                float a[STEPS], gain[STEPS], direct[STEPS], product = 1, sum = 0, later = 0, dBC[2 * STEPS];
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) {
+                    float2 bc = *(float2*)&m.bc[warp][(j * N + n) * 2];
+                    a[j] = power2(step[j] * rate * LOG2E);
+                    gain[j] = step[j] * u[j] * bc.x;
+                    direct[j] = g[j] * bc.y;
+                }
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) {
+                    product *= a[j];
+                    sum = a[j] * sum + gain[j];
+                }
+#pragma unroll
+                for (int j = STEPS - 1; j >= 0; j--) later = a[j] * (direct[j] + later);
+                m.ahead[turns & 1][warp][lane] = make_float2(product, sum);
+                m.behind[turns & 1][warp][lane] = later;
+                __syncthreads();
+                float after = m.carry[tile & 1][n][lane];
+#pragma unroll
+                for (int v = 0; v < WARPS; v++) {  // segments before this one, forwards, and those after it, backwards
+                    float2 map = m.ahead[turns & 1][v][lane];
+                    h = v < warp ? map.x * h + map.y : h;
+                }
+#pragma unroll
+                for (int v = WARPS - 1; v > 0; v--) {
+                    float by = m.ahead[turns & 1][v][lane].x, plus = m.behind[turns & 1][v][lane];
+                    after = v > warp ? by * after + plus : after;
+                }
+                if (warp == 0) m.carry[~tile & 1][n][lane] = product * after + later;
+                float past[STEPS];
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) {
+                    past[j] = a[j] * h;  // a[t] h[t-1]
+                    h = past[j] + gain[j];
+                    dBC[2 * j + 1] = h * g[j];
+                }
+                float part_A = 0;
+#pragma unroll
+                for (int j = STEPS - 1; j >= 0; j--) {
+                    float dh = direct[j] + after, d_log = dh * past[j];
+                    float d_push = dh * m.bc[warp][(j * N + n) * 2];
+                    after = a[j] * dh;
+                    part_A += d_log * step[j];
+                    d_step[j] += d_log * rate + d_push * u[j];
+                    du[j] += step[j] * d_push;
+                    dBC[2 * j] = dh * step[j] * u[j];
+                }
+                if (N > 1) m.dA[warp][n][lane] += part_A; else sum_A += part_A;
+                if (add && n == N - 1) {
+#pragma unroll
+                    for (int j = 0; j < STEPS; j++)
+                        asm volatile("ld.global.f32 %0, [%1];" : "=f"(held[j])
+                                     : "l"((const char*)dx + __shfl_sync(ALL, place, j)));
+                }
+                float total = sums(dBC);
+                int j = lane >> 2, to = __shfl_sync(ALL, here, j);
+                if (!(lane & 1) && at + j < length && to < p) down[(long long)to * kw + R + (lane >> 1 & 1) * N + n] = total;
+            }
+            kept -= d * N;
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                float d_raw = d_step[j] * slope_at(step[j]);
+                sum_bias += d_raw;
+                m.draw[warp][j * 36 + lane] = in_c ? d_raw : 0.f;
+                unsigned to = __shfl_sync(ALL, place, j);
+                if (in_c && at + j < length && (WHOLE || there >> j & 1)) at_byte(dx, to) = held[j] + du[j];
+            }
+            __syncthreads();
+            unsigned b[4][2];
+#pragma unroll
+            for (int ks = 0; ks < 4; ks++) {
+                float* of = m.draw[warp] + (lane >> 2) * 36 + ks * 8 + (lane & 3);
+                b[ks][0] = tf32(of[0]);
+                b[ks][1] = tf32(of[4]);
+            }
+            int first = (lane & 3) * 2, row0 = __shfl_sync(ALL, here, first), row1 = __shfl_sync(ALL, here, first + 1);
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                float f[4] = {};
+#pragma unroll
+                for (int ks = 0; ks < 4; ks++) mma(f, m.back[mt][ks][lane], b[ks][0], b[ks][1]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int rank = mt * 16 + (lane >> 2) + i / 2 * 8, row = i & 1 ? row1 : row0;
+                    if (rank < R && row < p && at + first + (i & 1) < length) down[(long long)row * kw + rank] = f[i];
+                }
+            }
+#pragma unroll
+            for (int more = 0; more < MORE_W; more++) {
+                int item = TILES_W < 8 ? warp % TILES_W : warp + more * 8, group = TILES_W < 8 ? warp / TILES_W : 0;
+                if (item < TILES_W && group < GROUPS_W) {
+                    int half = item & 1, rank = (item >> 1) * 8 + (lane >> 2);
+#pragma unroll
+                    for (int i = 0; i < 8 / GROUPS_W; i++) {
+                        int v = group * (8 / GROUPS_W) + i;  // the steps of warp v
+                        float* of = m.draw[v] + (lane & 3) * 36 + half * 16 + (lane >> 2);
+                        float4 a = make_float4(of[0], of[8], of[144], of[152]);
+                        a.x = __uint_as_float(tf32(a.x)), a.y = __uint_as_float(tf32(a.y));
+                        a.z = __uint_as_float(tf32(a.z)), a.w = __uint_as_float(tf32(a.w));
+                        const u16* f = &m.factor[tile & 1][v * STEPS + (lane & 3)][rank];
+                        mma(sum_W[more], a, __float_as_uint(real(f[0])), __float_as_uint(real(f[4 * ROW_F])));
+                    }
+                }
+            }
+        }
+        long long at = (bi * k + ki) * d;
+#pragma unroll
+        for (int more = 0; more < MORE_W; more++) {
+            int item = TILES_W < 8 ? warp % TILES_W : warp + more * 8, group = TILES_W < 8 ? warp / TILES_W : 0;
+            if (item < TILES_W && group < GROUPS_W) {
+                float* to = ddt_proj + ((bi * k + ki) * GROUPS_W + group) * d * R;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int row = c0 + (item & 1) * 16 + (lane >> 2) + i / 2 * 8, rank = (item >> 1) * 8 + (lane & 3) * 2 + (i & 1);
+                    if (row < d && rank < R) to[(long long)row * R + rank] = sum_W[more][i];
+                }
+            }
+        }
+        if (N == 1) m.dA[warp][0][lane] = sum_A;
+        m.sum[0][warp][lane] = sum_D;
+        m.sum[1][warp][lane] = sum_bias;
+        __syncthreads();
+        for (int n = warp; n < N + 2; n += WARPS) {
+            float total = 0;
+            for (int v = 0; v < WARPS; v++) total += n < N ? m.dA[v][n][lane] : m.sum[n - N][v][lane];
+            if (in_c) (n < N ? dA[(at + c) * N + n] : n == N ? dD[at + c] : dbias[at + c]) = total;
+        }
+    }
+}
