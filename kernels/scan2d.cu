@@ -64,19 +64,15 @@ __device__ __forceinline__ void mma(float (&d)[4], float4 a, unsigned b0, unsign
           "r"(b0), "r"(b1));
 }
 
-// What a warp loads of its 8 steps, as it comes from memory
+// What a warp loads of its 8 steps' projections, as it comes from memory
 struct Loaded {
-    u16 x[STEPS], factor[2 * KS], bc[(STEPS * 2 * N + 31) / 32];
+    u16 factor[2 * KS], bc[(STEPS * 2 * N + 31) / 32];
 };
 
 // Lane j holds of step j % 8 the pixel, p for none (a padding zero, or past the route's end).
 __device__ __forceinline__ int pixel_at(const int* route, int at, int length, int p) {
     int step = at + (threadIdx.x & 7);
     return step < length ? __ldg(route + step) : p;
-}
-
-template <typename V> __device__ __forceinline__ V& at_byte(V* base, unsigned offset) {
-    return *(V*)((char*)base + offset);
 }
 
 // A load that stays where it is written: ahead of the computation that hides it.
@@ -92,13 +88,10 @@ template <typename V> __device__ __forceinline__ V* kept_pointer(V* p) {
     return p;
 }
 
-// A warp's rows of x (at its channel) and of projected; where there is no pixel, those of pixel 0.
-__device__ __forceinline__ void load(Loaded& to, const u16* x, const u16* own, int pixel, int p, int d, int kw) {
-    int lane = threadIdx.x & 31, safe = pixel < p ? pixel : 0;
-    unsigned row_x = safe * d * 2, row = safe * kw * 2;
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) to.x[j] = fetch(x, __shfl_sync(ALL, row_x, j));
-    unsigned mine = __shfl_sync(ALL, row, lane >> 2);
+// Rows of projected for a warp's steps; where there is no pixel, those of pixel 0.
+__device__ __forceinline__ void load(Loaded& to, const u16* own, int pixel, int p, int kw) {
+    int lane = threadIdx.x & 31;
+    unsigned row = (pixel < p ? pixel : 0) * kw * 2, mine = __shfl_sync(ALL, row, lane >> 2);
 #pragma unroll
     for (int i = 0; i < 2 * KS; i++) to.factor[i] = fetch(own, mine + min(i * 4 + (lane & 3), R - 1) * 2);
 #pragma unroll
@@ -108,12 +101,48 @@ __device__ __forceinline__ void load(Loaded& to, const u16* x, const u16* own, i
     }
 }
 
+// Rows of 32 channels for a warp's steps, from a map to shared memory, without waiting; `room` channels are there.
+// Zeros where there is no pixel or channel.
+template <typename V> __device__ __forceinline__ void fetch_rows(V (*to)[32], const V* map, int pixel, int p, int d,
+                                                                 int room) {
+    constexpr int EACH = 16 / sizeof(V), CHUNKS = 32 / EACH;
+#pragma unroll
+    for (int i = 0; i < STEPS * CHUNKS / 32; i++) {
+        int v = i * 32 + (threadIdx.x & 31), j = v / CHUNKS, q = v % CHUNKS * EACH, at = __shfl_sync(ALL, pixel, j);
+        bool there = at < p && q < room;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(&to[j][q])),
+                     "l"(map + (there ? at * d + q : 0)), "r"(there ? 16 : 0)
+                     : "memory");
+    }
+}
+
+__device__ __forceinline__ void fetched() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all fetches but the last group's have arrived, for the whole warp.
+__device__ __forceinline__ void wait_for_older() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+}
+
+// The rows in shared memory to their pixels of a map.
+__device__ __forceinline__ void store_rows(float* map, float (*rows)[32], int pixel, int p, int d, int room) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < STEPS / 4; i++) {
+        int v = i * 32 + (threadIdx.x & 31), j = v / 8, q = v % 8 * 4, at = __shfl_sync(ALL, pixel, j);
+        if (at < p && q < room) *(float4*)(map + at * d + q) = *(float4*)&rows[j][q];
+    }
+    __syncwarp();
+}
+
 struct Forward {                      // shared memory
     float4 weight[KS][2][32];         // dt_proj as the tensor cores take it
     float raw[WARPS][STEPS * 36];     // projected delta: step, channel
     float bc[WARPS][STEPS * 2 * N];   // B and C of each step, in pairs
     float2 chain[2][WARPS][32];       // each segment's map h -> x h + y
     float carry[2][N][32];            // the state before a tile
+    u16 x[WARPS][STEPS][32];
+    float y[WARPS][STEPS][32];
 };
 static_assert(sizeof(Forward) == FORWARD_BYTES, "the launch reserves as much");
 
@@ -129,9 +158,9 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
     int blocks = (d + 31) / 32, c0 = blockIdx.x % blocks * 32, c = min(c0 + lane, d - 1);
     long long bi = blockIdx.x / blocks;
     bool in_c = c0 + lane < d;
-    int kw = k * WIDTH;
-    x = kept_pointer(x + bi * p * d + c);
-    y = kept_pointer(y + (blockIdx.y * (long long)rows + bi) * p * d + c);
+    int kw = k * WIDTH, room = d - c0;
+    x = kept_pointer(x + bi * p * d + c0);
+    y = kept_pointer(y + (blockIdx.y * (long long)rows + bi) * p * d + c0);
     projected += bi * p * kw;
 
     for (int turn = 0; turn < share; turn++) {
@@ -152,7 +181,11 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
         for (int i = threadIdx.x; i < N * 32; i += 256) m.carry[0][i / 32][i % 32] = 0;
         Loaded next;
         int pixel = pixel_at(route, warp * STEPS, length, p);
-        load(next, x, own, pixel, p, d, kw);
+        load(next, own, pixel, p, kw);
+        fetch_rows(m.x[warp], x, pixel, p, d, room);
+        fetched();
+        if (add) fetch_rows(m.y[warp], (const float*)y, pixel, p, d, room);
+        fetched();
         int ahead = pixel_at(route, TILE + warp * STEPS, length, p);
         __syncthreads();
 
@@ -160,17 +193,11 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
 #pragma unroll 1
         for (int start = 0; start < length; start += TILE, tile++) {
             int at = start + warp * STEPS, here = pixel;
-            unsigned place = (here < p ? here : 0) * d * 4;  // of y, in bytes
             float u[STEPS], step[STEPS], out[STEPS];
+            wait_for_older();
 #pragma unroll
-            for (int j = 0; j < STEPS; j++) {
-                out[j] = 0;
-                u[j] = real(next.x[j]);
-            }
-            if (add) {
-#pragma unroll
-                for (int j = 0; j < STEPS; j++) out[j] = at_byte(y, __shfl_sync(ALL, place, j));
-            }
+            for (int j = 0; j < STEPS; j++) u[j] = real(m.x[warp][j][lane]);
+            __syncwarp();
             float s[2][4] = {};
 #pragma unroll
             for (int ks = 0; ks < KS; ks++) {
@@ -193,17 +220,17 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
                 raw_w[half * 16 + 44] = s[half][3];
             }
             pixel = ahead;
-            load(next, x, own, pixel, p, d, kw);
+            load(next, own, pixel, p, kw);
+            fetch_rows(m.x[warp], x, pixel, p, d, room);
+            fetched();
             ahead = pixel_at(route, at + 2 * TILE, length, p);
             __syncwarp();
             unsigned there = WHOLE ? ALL : __ballot_sync(ALL, here < p);  // steps with a pixel
 #pragma unroll
             for (int j = 0; j < STEPS; j++) {
-                bool read = WHOLE || there >> j & 1;
-                float raw = (read ? m.raw[warp][j * 36 + lane] : 0.f) + shift;
+                float raw = (WHOLE || there >> j & 1 ? m.raw[warp][j * 36 + lane] : 0.f) + shift;
                 step[j] = softplus(at + j < length ? raw : -1e30f);  // no step past the end
-                u[j] = read ? u[j] : 0.f;
-                out[j] += u[j] * skip;
+                out[j] = u[j] * skip;
                 u[j] *= step[j];
             }
 #pragma unroll 1
@@ -239,12 +266,12 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
                 }
             }
             kept += d * N;
+            wait_for_older();
 #pragma unroll
-            for (int j = 0; j < STEPS; j++) {
-                unsigned to = __shfl_sync(ALL, place, j);
-                if (in_c && at + j < length && (WHOLE || there >> j & 1)) at_byte(y, to) = out[j];
-            }
-            __syncwarp();
+            for (int j = 0; j < STEPS; j++) m.y[warp][j][lane] = add ? m.y[warp][j][lane] + out[j] : out[j];
+            store_rows(y, m.y[warp], here, p, d, room);
+            if (add) fetch_rows(m.y[warp], (const float*)y, pixel, p, d, room);
+            fetched();
         }
     }
 }
@@ -279,6 +306,9 @@ struct Backward {                            // shared memory
     float carry[2][N][32];                       // the adjoint after a tile
     float dA[WARPS][N][32];
     float sum[2][WARPS][32];
+    u16 x[WARPS][STEPS][32];
+    float dy[WARPS][STEPS][32];
+    float dx[WARPS][STEPS][32];
 };
 
 static_assert(sizeof(Backward) == BACKWARD_BYTES, "the launch reserves as much");
@@ -296,10 +326,10 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
     int blocks = (d + 31) / 32, block = blockIdx.x % blocks, c0 = block * 32, c = min(c0 + lane, d - 1);
     long long bi = blockIdx.x / blocks;
     bool in_c = c0 + lane < d;
-    int kw = k * WIDTH, tiles = (length + TILE - 1) / TILE;
-    x = kept_pointer(x + bi * p * d + c);
-    dy = kept_pointer(dy + bi * p * d + c);
-    dx = kept_pointer(dx + (blockIdx.y * (long long)rows + bi) * p * d + c);
+    int kw = k * WIDTH, room = d - c0, tiles = (length + TILE - 1) / TILE;
+    x = kept_pointer(x + bi * p * d + c0);
+    dy = kept_pointer(dy + bi * p * d + c0);
+    dx = kept_pointer(dx + (blockIdx.y * (long long)rows + bi) * p * d + c0);
     projected += bi * p * kw;
 
     for (int turn = 0; turn < share; turn++) {
@@ -327,17 +357,13 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
         for (int n = 0; n < N; n++) m.dA[warp][n][lane] = 0;
         int last = (tiles - 1) * TILE + warp * STEPS;
         Loaded next;
-        float g_next[STEPS];
         int pixel = pixel_at(route, last, length, p);
-        load(next, x, own, pixel, p, d, kw);
-        auto load_dy = [&](int pixel) {
-            unsigned row = (pixel < p ? pixel : 0) * d * 4;
-#pragma unroll
-            for (int j = 0; j < STEPS; j++)
-                asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(g_next[j])
-                             : "l"((const char*)dy + __shfl_sync(ALL, row, j)));
-        };
-        load_dy(pixel);
+        load(next, own, pixel, p, kw);
+        fetch_rows(m.x[warp], x, pixel, p, d, room);
+        fetch_rows(m.dy[warp], dy, pixel, p, d, room);
+        fetched();
+        if (add) fetch_rows(m.dx[warp], (const float*)dx, pixel, p, d, room);
+        fetched();
         int ahead = tiles > 1 ? pixel_at(route, last - TILE, length, p) : p;
         __syncthreads();
 
@@ -345,15 +371,15 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
 #pragma unroll 1
         for (int tile = 0; tile < tiles; tile++) {
             int start = (tiles - 1 - tile) * TILE, at = start + warp * STEPS, here = pixel;
-            unsigned place = (here < p ? here : 0) * d * 4;  // of dx, in bytes
-            unsigned there = __ballot_sync(ALL, here < p);   // steps with a pixel
+            unsigned there = __ballot_sync(ALL, here < p);  // steps with a pixel
             float u[STEPS], g[STEPS], du[STEPS], step[STEPS], d_step[STEPS];
+            wait_for_older();
 #pragma unroll
             for (int j = 0; j < STEPS; j++) {
-                bool read = in_c && there >> j & 1;
-                u[j] = read ? real(next.x[j]) : 0.f;
-                g[j] = read ? g_next[j] : 0.f;
+                u[j] = real(m.x[warp][j][lane]);
+                g[j] = m.dy[warp][j][lane];
             }
+            __syncwarp();
             float s[2][4] = {};
             u16* factor = &m.factor[tile & 1][warp * STEPS + (lane >> 2)][lane & 3];
             bool mine = there >> (lane >> 2) & 1;
@@ -380,8 +406,10 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                 raw_w[half * 16 + 44] = s[half][3];
             }
             pixel = ahead;
-            load(next, x, own, pixel, p, d, kw);
-            load_dy(pixel);
+            load(next, own, pixel, p, kw);
+            fetch_rows(m.x[warp], x, pixel, p, d, room);
+            fetch_rows(m.dy[warp], dy, pixel, p, d, room);
+            fetched();
             ahead = at >= 2 * TILE ? pixel_at(route, at - 2 * TILE, length, p) : p;
             __syncwarp();
 #pragma unroll
@@ -392,7 +420,6 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                 du[j] = g[j] * skip;
                 d_step[j] = 0;
             }
-            float held[STEPS] = {};  // what dx has already
 #pragma unroll 1
             for (int n = 0; n < N; n++, turns++) {
                 if (N > 1) rate = A[(ki * d + c) * N + n];
@@ -446,25 +473,22 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                     dBC[2 * j] = dh * step[j] * u[j];
                 }
                 if (N > 1) m.dA[warp][n][lane] += part_A; else sum_A += part_A;
-                if (add && n == N - 1) {
-#pragma unroll
-                    for (int j = 0; j < STEPS; j++)
-                        asm volatile("ld.global.f32 %0, [%1];" : "=f"(held[j])
-                                     : "l"((const char*)dx + __shfl_sync(ALL, place, j)));
-                }
                 float total = sums(dBC);
                 int j = lane >> 2, to = __shfl_sync(ALL, here, j);
                 if (!(lane & 1) && at + j < length && to < p) down[(long long)to * kw + R + (lane >> 1 & 1) * N + n] = total;
             }
             kept -= d * N;
+            wait_for_older();
 #pragma unroll
             for (int j = 0; j < STEPS; j++) {
                 float d_raw = d_step[j] * slope_at(step[j]);
                 sum_bias += d_raw;
                 m.draw[warp][j * 36 + lane] = in_c ? d_raw : 0.f;
-                unsigned to = __shfl_sync(ALL, place, j);
-                if (in_c && at + j < length && (WHOLE || there >> j & 1)) at_byte(dx, to) = held[j] + du[j];
+                m.dx[warp][j][lane] = add ? m.dx[warp][j][lane] + du[j] : du[j];
             }
+            store_rows(dx, m.dx[warp], here, p, d, room);
+            if (add) fetch_rows(m.dx[warp], (const float*)dx, pixel, p, d, room);
+            fetched();
             __syncthreads();
             unsigned b[4][2];
 #pragma unroll

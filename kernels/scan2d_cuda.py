@@ -28,6 +28,8 @@ def why_not(x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, *rest: Ten
         return f"it takes up to {MOST} states and ranks, got {n} and {rank}"
     if max(x[0].numel() * 4, projected[0].numel() * 4) >= 2**31:
         return f"it takes maps below 2 GiB in float32, got {tuple(x.shape[1:])}"
+    if x.shape[-1] % 8:
+        return f"it takes channels in multiples of 8, got {x.shape[-1]}"
     wrong = other_types((x, projected), tuple(TYPES))
     if wrong is None and x.dtype != projected.dtype:
         wrong = f"it takes x and projected of one type, got {x.dtype} and {projected.dtype}"
@@ -103,8 +105,8 @@ def shared_bytes(n: int, rank: int) -> tuple[int, int]:
     chain, carry = 2 * 8 * CHANNELS * 8, 2 * n * CHANNELS * 4
     back, factors = -(-rank // 16) * 2048, 2 * TILE * (8 * _ranks(rank) + 2) * 2
     sums = chain // 2 + 8 * (n + 2) * CHANNELS * 4
-    once = weight + deltas + pairs + chain + carry
-    return once, once + back + deltas + factors + sums
+    once = weight + deltas + pairs + chain + carry + 8 * 8 * CHANNELS * (2 + 4)
+    return once, once + back + deltas + factors + sums + 8 * 8 * CHANNELS * 4
 
 
 def _grid(x: Tensor, k: int) -> tuple[int, int]:
