@@ -39,6 +39,8 @@ def why_not() -> str | None:
         return "PyTorch was built without CUDA"
     if _library() is None:
         return "NVRTC, CUDA's run-time compiler, was not found beside PyTorch"
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU here"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0, this one has {torch.cuda.get_device_capability()}"
     return None

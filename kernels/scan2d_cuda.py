@@ -21,19 +21,23 @@ MOST = 64  # states, and ranks, that fit in shared memory
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2  # per multiprocessor, which bounds registers; measured on an H200
 
 
-def why_not(x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, *rest: Tensor) -> str | None:
-    """None where these tensors can be scanned; the device is the business of ``backends``."""
+def why_not(*tensors: Tensor) -> str | None:
+    """None where these tensors (x, projected, dt_proj, A, ...) can be scanned; the device is ``backends``' business."""
+    wrong = other_types(tensors[:2], tuple(TYPES)) or nvrtc.why_not()
+    return wrong or (_wrong_size(*tensors) if len(tensors) > 1 else None)
+
+
+def _wrong_size(x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, *rest: Tensor) -> str | None:
     n, rank = A.shape[-1], dt_proj.shape[-1]
+    if x.dtype != projected.dtype:
+        return f"it takes x and projected of one type, got {x.dtype} and {projected.dtype}"
     if max(n, rank) > MOST:
         return f"it takes up to {MOST} states and ranks, got {n} and {rank}"
-    if max(x[0].numel() * 4, projected[0].numel() * 4) >= 2**31:
-        return f"it takes maps below 2 GiB in float32, got {tuple(x.shape[1:])}"
     if x.shape[-1] % 8:
         return f"it takes channels in multiples of 8, got {x.shape[-1]}"
-    wrong = other_types((x, projected), tuple(TYPES))
-    if wrong is None and x.dtype != projected.dtype:
-        wrong = f"it takes x and projected of one type, got {x.dtype} and {projected.dtype}"
-    return wrong or nvrtc.why_not()
+    if max(x[0].numel(), projected[0].numel()) >= 2**29:
+        return f"it takes maps of less than 2^29 numbers, got {tuple(x.shape[1:])}"
+    return None
 
 
 def forward(

@@ -5,6 +5,7 @@ import torch
 
 import vmamba
 from vmamba.kernels import backends
+from vmamba.kernels.causal_conv1d import causal_conv1d
 from vmamba.kernels.selective_scan import selective_scan
 
 
@@ -41,8 +42,10 @@ def test_backends_agree():
 def test_explicit_choice_never_falls_back():
     with pytest.raises(RuntimeError, match=r"'triton' cannot run here: .*cuda.*; these can: cpu, reference"):
         scan(backend="triton")
-    with pytest.raises(RuntimeError, match="has no 'cuda' implementation"):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run here: it needs tensors on cuda"):
         scan(backend="cuda")
+    with pytest.raises(RuntimeError, match="causal_conv1d has no 'cuda' implementation"):
+        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(2, 2), backend="cuda")
 
 
 @pytest.mark.parametrize("use", [lambda: scan(backend="cup"), lambda: vmamba.use_backend("cup").__enter__()])

@@ -1,4 +1,4 @@
-"""The Triton scan on a CUDA GPU against the float64 reference: ``make test-gpu`` (``-s`` prints the table of errors).
+"""The scans in Triton and CUDA C++ on a GPU against the float64 reference: ``make test-gpu`` (``-s`` prints errors).
 
 Errors are ||got - reference|| / ||reference||. The reference sees the same rounded inputs, so y (float32) must be right
 to float32 in every type, and gradients to the rounding of their own type.
@@ -7,7 +7,7 @@ to float32 in every type, and gradients to the rounding of their own type.
 import pytest
 import torch
 
-from vmamba.kernels import selective_scan_reference, selective_scan_triton
+from vmamba.kernels import selective_scan_cuda, selective_scan_reference, selective_scan_triton
 
 pytestmark = pytest.mark.gpu
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "bias")
@@ -57,6 +57,23 @@ def test_values_and_gradients(length, n, dtype):
     assert errors(got[2][:, :, 1:], expected[2][:, :, 1:])[0] < FLOAT32 if length > 64 else not got[2].any()
     for name, error, tensor in zip(NAMES, gradients, tensors, strict=True):
         assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("n", [4, 5, 16, 32])
+@pytest.mark.parametrize("length", [1, 63, 197, 3000])
+@pytest.mark.parametrize("warps", [1, 1 << 20], ids=["whole", "in segments"])
+@pytest.mark.parametrize("extras", [True, False], ids=["D z bias", "bare"])
+def test_values_of_cuda(length, n, dtype, warps, extras, monkeypatch):
+    monkeypatch.setattr(selective_scan_cuda, "WARPS", warps)
+    u, delta, A, B, C, *rest = scan_inputs(length, n, dtype, d=133)
+    tensors = (u, delta, A, B, C, *(rest if extras else (None, None, None)))
+    assert selective_scan_cuda.why_not(*(t for t in tensors if t is not None)) is None
+    exact = [None if t is None else t.double() for t in tensors]
+    y, last, states = selective_scan_cuda.forward(*tensors, True)
+    right = selective_scan_reference.forward(*exact, True)
+    assert max(errors((y, last), right[:2])) < FLOAT32
+    assert errors([states[:, :, 1:]], [right[2][:, :, 1:]])[0] < FLOAT32 if length > 64 else not states.any()
 
 
 @pytest.mark.parametrize("segments", sorted({s for _, s in selective_scan_triton.SEGMENTS}))

@@ -1,0 +1,181 @@
+// Selective scan, forward; the equation and its letters are in selective_scan_reference.py.
+//
+// A lane scans one channel step by step, all its N states in registers: no tree, no shuffles, and N recurrences at a time
+// hide each other's latency. Four warps share the B and C of their route in shared memory, eight steps at a time, loaded
+// eight steps ahead. Where there are few sequences, each is cut into segments: `ends` finds how every segment maps a state
+// (a step multiplies by exp(delta A), so a segment by exp(A sum delta)), and `forward` starts from what the segments
+// before it leave.
+//
+// Compile-time: T_BF16, T_FP16 or T_FP32 (u, delta, B, C and z), N states, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS.
+
+#ifdef T_FP32
+typedef float real_t;
+__device__ __forceinline__ float real(float v) { return v; }
+#else
+typedef unsigned short real_t;
+__device__ __forceinline__ float real(unsigned short v) {
+#ifdef T_BF16
+    return __uint_as_float(unsigned(v) << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+#endif
+}
+#endif
+
+constexpr int STEPS = 8, THREADS = 128, CHUNK = 64, PAIRS = STEPS * 2 * N, MINE = (PAIRS + THREADS - 1) / THREADS;
+constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float power2(float v) {
+    float f;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(f) : "f"(v));
+    return f;
+}
+
+// softplus(raw), raw itself above 20; log(1 + s) / s on [0, 1] is a Chebyshev fit, 2e-7 relative, also near 0
+__device__ __forceinline__ float softplus(float raw) {
+    float s = power2(-LOG2E * fabsf(raw));
+    float f = s * 0.0051058256067335606f - 0.028991956263780594f;
+    f = f * s + 0.07738073915243149f;
+    f = f * s - 0.13590599596500397f;
+    f = f * s + 0.1907130926847458f;
+    f = f * s - 0.2483394593000412f;
+    f = f * s + 0.3331793546676636f;
+    f = f * s - 0.4999943673610687f;
+    f = f * s + 0.9999999403953552f;
+    return fmaxf(raw, 0.f) + f * s;
+}
+
+struct Maps {  // B or C: its strides in elements
+    int b, k, l, n;
+};
+
+// What a thread loads of 8 steps: its channel's u, delta and z, and its share of the block's B and C
+struct Loaded {
+    real_t u[STEPS], delta[STEPS], z[STEPS], bc[MINE];
+};
+
+template <bool OUT>
+__device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const float* A, const real_t* B,
+                                     const real_t* C, const float* D, const real_t* z, const float* bias, float* y,
+                                     float* last, float* states, float* end_states, float* end_steps, int k, int length,
+                                     int d, int per, Maps to_B, Maps to_C) {
+    __shared__ alignas(16) float bc_s[2][STEPS][2 * N];  // pairs of B and C
+    int blocks = (d + THREADS - 1) / THREADS, c0 = blockIdx.x % blocks * THREADS + threadIdx.x, c = min(c0, d - 1);
+    int row = blockIdx.x / blocks, ki = row % k, segment = blockIdx.y, rows = gridDim.x / blocks;
+    long long bi = row / k, at = (long long)row * length * d + c;
+    bool in_c = c0 < d;
+    int first = segment * per, stop = min(length, first + per);
+    u += at, delta += at, y += at;
+    if (HAS_Z) z += at;
+    B += bi * to_B.b + (long long)ki * to_B.k, C += bi * to_C.b + (long long)ki * to_C.k;
+    float h[N], rate[N], shift = HAS_BIAS ? bias[ki * d + c] : 0.f, skip = HAS_D ? D[ki * d + c] : 0.f, total = 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) h[n] = 0, rate[n] = A[(ki * d + c) * N + n] * LOG2E;
+    if (OUT) {
+        for (int s = 0; s < segment; s++) {  // what the segments before this one leave
+            long long from = ((long long)s * rows + row) * d + c;
+            float sum = end_steps[from];
+#pragma unroll
+            for (int n = 0; n < N; n++) h[n] = power2(rate[n] * sum) * h[n] + end_states[from * N + n];
+        }
+    }
+    Loaded next;
+    auto load = [&](int start) {
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            long long t = (long long)min(start + j, length - 1) * d;
+            next.u[j] = __ldg(u + t), next.delta[j] = __ldg(delta + t);
+            if (OUT && HAS_Z) next.z[j] = __ldg(z + t);
+        }
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int v = i * THREADS + threadIdx.x, j = v / (2 * N) % STEPS, of = v % (2 * N), n = of >> 1;
+            long long t = min(start + j, length - 1);
+            next.bc[i] = of & 1 ? __ldg(C + t * to_C.l + (long long)n * to_C.n) : __ldg(B + t * to_B.l + (long long)n * to_B.n);
+        }
+    };
+    load(first);
+    int turn = 0;
+#pragma unroll 1
+    for (int start = first; start < stop; start += STEPS, turn ^= 1) {
+        float step[STEPS], push[STEPS], out[STEPS];
+        real_t gate[STEPS];
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            float raw = real(next.delta[j]) + shift, x = real(next.u[j]);
+            if (SOFTPLUS) raw = softplus(raw);
+            step[j] = start + j < stop ? raw : 0.f;  // no step past the end
+            push[j] = step[j] * x;
+            out[j] = skip * x;
+            total += step[j];
+            if (HAS_Z) gate[j] = next.z[j];
+        }
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int v = i * THREADS + threadIdx.x;
+            if (v < PAIRS) bc_s[turn][0][v] = real(next.bc[i]);
+        }
+        __syncthreads();
+        load(start + STEPS);
+        if (OUT && in_c && start % CHUNK == 0) {
+            float* kept = states + (((long long)row * ((length + CHUNK - 1) / CHUNK) + start / CHUNK) * d + c) * N;
+#pragma unroll
+            for (int n = 0; n < N; n++) kept[n] = h[n];
+        }
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            if (N % 2 == 0) {
+#pragma unroll
+                for (int n = 0; n < N; n += 2) {
+                    float4 m = *(float4*)&bc_s[turn][j][2 * n];
+                    h[n] = power2(step[j] * rate[n]) * h[n] + push[j] * m.x;
+                    if (OUT) out[j] += h[n] * m.y;
+                    if (n + 1 < N) {
+                        h[n + 1] = power2(step[j] * rate[n + 1]) * h[n + 1] + push[j] * m.z;
+                        if (OUT) out[j] += h[n + 1] * m.w;
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    float2 m = *(float2*)&bc_s[turn][j][2 * n];
+                    h[n] = power2(step[j] * rate[n]) * h[n] + push[j] * m.x;
+                    if (OUT) out[j] += h[n] * m.y;
+                }
+            }
+        }
+        if (OUT && in_c) {
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                float value = out[j], g = HAS_Z ? real(gate[j]) : 0.f;
+                if (HAS_Z) value *= __fdividef(g, 1 + power2(-LOG2E * g));
+                if (start + j < stop) y[(long long)(start + j) * d] = value;
+            }
+        }
+    }
+    if (!in_c) return;
+    if (!OUT) {
+        long long to = ((long long)segment * rows + row) * d + c;
+        end_steps[to] = total;
+#pragma unroll
+        for (int n = 0; n < N; n++) end_states[to * N + n] = h[n];
+    } else if (stop == length) {
+#pragma unroll
+        for (int n = 0; n < N; n++) last[((long long)row * d + c) * N + n] = h[n];
+    }
+}
+
+#define ARGUMENTS                                                                                                     \
+    const real_t *__restrict__ u, const real_t *__restrict__ delta, const float *__restrict__ A,                      \
+        const real_t *__restrict__ B, const real_t *__restrict__ C, const float *__restrict__ D,                      \
+        const real_t *__restrict__ z, const float *__restrict__ bias, float *__restrict__ y, float *__restrict__ last, \
+        float *__restrict__ states, float *__restrict__ end_states, float *__restrict__ end_steps, int k, int length,  \
+        int d, int per, int Bb, int Bk, int Bl, int Bn, int Cb, int Ck, int Cl, int Cn
+#define PASSED                                                                                                  \
+    u, delta, A, B, C, D, z, bias, y, last, states, end_states, end_steps, k, length, d, per, {Bb, Bk, Bl, Bn}, \
+        {Cb, Ck, Cl, Cn}
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward(ARGUMENTS) { scan<true>(PASSED); }
+extern "C" __global__ void __launch_bounds__(THREADS) ends(ARGUMENTS) { scan<false>(PASSED); }
