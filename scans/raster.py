@@ -1,9 +1,11 @@
-"""Row by row, as one reads: a single route."""
+"""Row by row, as one reads, volumes slice by slice: a single route."""
+
+import math
 
 import torch
 from torch import Tensor
 
 
-def routes(h: int, w: int) -> Tensor:
-    """(1, h * w)"""
-    return torch.arange(h * w)[None]
+def routes(*grid: int) -> Tensor:
+    """(1, l), l pixels"""
+    return torch.arange(math.prod(grid))[None]
