@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from timm.layers import RmsNorm
 from torch import nn
 
 import vmamba
 from tests import goldens
 from vmamba.flops import count
+from vmamba.gated_norm import GatedRMSNorm
 from vmamba.kernels.causal_conv1d import causal_conv1d
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import selective_scan
@@ -71,6 +73,15 @@ def test_layers_by_hand():
         "pooling": area * 8,
         "matrix products": 2 * 8 * 10,
     }
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, GatedRMSNorm, RmsNorm])
+def test_every_norm_is_a_norm(norm):
+    assert count(norm(8), (2, 5, 4, 8)) == {"norms": 5 * 2 * 5 * 4 * 8}
+
+
+def test_pooling_after_a_norm():
+    assert count(Call(lambda x: torch.rms_norm(x, (8,)).mean((1, 2))), (2, 5, 4, 8)) == {"norms": 1600, "pooling": 320}
 
 
 def test_counting_leaves_the_model_alone():

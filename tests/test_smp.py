@@ -4,7 +4,9 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 
-from tests.timm_zoo import KINDS, image, shrunk
+from tests.timm_zoo import KINDS, image, shrunk, small
+
+PYRAMIDS = [name for name in KINDS if small(name, device="meta").strides == (4, 8, 16, 32)]  # smp takes no others
 
 
 def train_one_step(model, x):
@@ -28,13 +30,13 @@ def test_unet_at_published_size():
     train_one_step(smp.Unet("tu-vmamba_tiny_s1l8", encoder_weights=None), image(2))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PYRAMIDS)
 def test_unet(name):
     torch.manual_seed(0)
     train_one_step(smp.Unet(f"tu-{name}", encoder_weights=None, in_channels=2, **shrunk(name)), image(2, 2, 64, 96))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PYRAMIDS)
 @pytest.mark.parametrize("depth", [2, 3, 4, 5])
 def test_encoder_depth(name, depth):
     encoder = smp.encoders.get_encoder(f"tu-{name}", depth=depth, weights=None, **shrunk(name)).eval()

@@ -1,14 +1,13 @@
 """Feature maps of every kind of timm model in the zoo: features_only, intermediates, pruning."""
 
 import copy
-import math
 
 import pytest
 import timm
 import torch
 from timm.models._features import FeatureGetterNet
 
-from tests.timm_zoo import KINDS, NAMES, image, small
+from tests.timm_zoo import KINDS, NAMES, PYRAMIDS, check_side, image, map_of, small
 
 
 def nchw(maps, fmt):
@@ -22,19 +21,17 @@ def test_features_only_at_published_size(name):
     info = model.feature_info
     size = model.pretrained_cfg["input_size"]
     maps = model(torch.empty(1, *size, device="meta"))
-    assert isinstance(model, FeatureGetterNet) and len(maps) == len(info) >= 3
+    assert isinstance(model, FeatureGetterNet) and len(maps) == len(info.out_indices) >= 3
     assert info.reduction() == sorted(info.reduction())
-    for y, entry in zip(maps, info, strict=True):
+    for y, entry in zip(maps, info.get_dicts(), strict=True):
         assert {"num_chs", "reduction", "module"} <= entry.keys()
         assert y.shape[1] == entry["num_chs"]
-        assert all(
-            full / (2 * entry["reduction"]) < side <= math.ceil(full / entry["reduction"]) + 1
-            for side, full in zip(y.shape[2:], size[1:], strict=True)
-        )
+        for side, full in zip(y.shape[2:], size[1:], strict=True):
+            check_side(side, full, entry["reduction"])
     assert "classifier" not in model.pretrained_cfg and model.in_chans == size[0] and model._traits
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PYRAMIDS)
 @pytest.mark.parametrize("cls", ["list", "dict", "hook", "fx"])
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing the model in eval mode")
 def test_feature_classes_agree(name, cls):
@@ -57,7 +54,7 @@ def test_features_of_any_size(name, size):
     assert [y.shape[1] for y in maps] == model.feature_info.channels() == [channels[1], channels[-1]]
     for y, reduction in zip(maps, model.feature_info.reduction(), strict=True):
         for side, full in zip(y.shape[2:], size, strict=True):
-            assert full / (2 * reduction) < side <= math.ceil(full / reduction) + 1
+            check_side(side, full, reduction)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -88,13 +85,13 @@ def test_forward_intermediates(name):
     last, maps = model.forward_intermediates(x)
     assert torch.equal(last, final) and len(maps) == len(model.feature_info)
     for y, entry in zip(maps, model.feature_info, strict=True):
-        assert y.shape == (2, entry["num_chs"], 64 // entry["reduction"], 64 // entry["reduction"])  # at most 64
-        assert y.is_contiguous()
+        assert y.shape[:2] == (2, entry["num_chs"]) and y.shape[2] == y.shape[3] and y.is_contiguous()
+        check_side(y.shape[2], 64, entry["reduction"])
     only = model.forward_intermediates(x, indices=2, output_fmt="NHWC", intermediates_only=True)
     assert all(torch.equal(y.permute(0, 3, 1, 2), z) for y, z in zip(only, maps[-2:], strict=True))
     normed = model.forward_intermediates(x, indices=[-1], norm=True, output_fmt="NHWC", intermediates_only=True)
-    assert torch.equal(normed[0], final)
-    assert torch.equal(model.norm(maps[-1].permute(0, 2, 3, 1)), final)
+    assert torch.equal(normed[0], map_of(model, final, normed[0]))
+    torch.testing.assert_close(model.norm(maps[-1].permute(0, 2, 3, 1)), normed[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -102,9 +99,12 @@ def test_forward_intermediates(name):
 def test_stop_early(name):
     model, x = small(name).eval(), image(2)
     _, maps = model.forward_intermediates(x)
-    stopped, taps = model.forward_intermediates(x, indices=[0, 1], norm=True, stop_early=True, output_fmt="NHWC")
+    stopped, taps = model.forward_intermediates(x, indices=[0, 1], stop_early=True, output_fmt="NHWC")
     assert all(torch.equal(y.permute(0, 3, 1, 2), z) for y, z in zip(taps, maps[:2], strict=True))
-    assert torch.equal(stopped, taps[-1])  # without the final norm, which belongs to the last stage
+    assert torch.equal(map_of(model, stopped, taps[-1]), taps[-1])  # without the final norm
+    _, normed = model.forward_intermediates(x, indices=[0, 1], norm=True, stop_early=True, output_fmt="NHWC")
+    fits = name not in PYRAMIDS  # the norm of a pyramid is for the last stage alone
+    assert all(torch.equal(y, model.norm(z) if fits else z) for y, z in zip(normed, taps, strict=True))
     full, _ = model.forward_intermediates(x, indices=[0, 1])
     assert torch.equal(full, model.forward_features(x))
     model.set_grad_checkpointing()
@@ -126,8 +126,9 @@ def test_wrong_intermediates(name, options, message):
 @pytest.mark.parametrize("indices", [1, [0, 2], [-3]])
 def test_prune(name, indices):
     model, x = small(name, drop_rate=0.2).eval(), image(2)
-    last = len(model.stages) - 1
+    last = len(model.levels) - 1
     kept = [last] if indices == 1 else [i % (last + 1) for i in indices]
+    width = model.num_features if kept[-1] == last else model.channels[kept[-1]]
     with torch.no_grad():
         before = model.forward_intermediates(x, kept, intermediates_only=True)
     assert model.prune_intermediate_layers(indices) == kept
@@ -135,7 +136,7 @@ def test_prune(name, indices):
     after = model.forward_intermediates(x, kept, intermediates_only=True)
     assert all(torch.equal(y, z) for y, z in zip(before, after, strict=True))
     assert torch.equal(model(x), model(x))
-    assert model.num_features == model.head_hidden_size == model.channels[kept[-1]] == model(x).shape[-1]
+    assert model.num_features == model.head_hidden_size == width == model(x).shape[-1]
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -143,14 +144,14 @@ def test_prune(name, indices):
 @pytest.mark.parametrize("name", KINDS)
 def test_prune_at_the_last_stage(name):
     x, model = image(), small(name, num_classes=5).eval()
-    logits, last = model(x), [len(model.stages) - 1]
+    logits, last = model(x), [len(model.levels) - 1]
     kept = copy.deepcopy(model)
     assert kept.prune_intermediate_layers(last, prune_head=False) == last
     assert torch.equal(kept(x), logits)
     bare = copy.deepcopy(model)
     bare.prune_intermediate_layers(last, prune_norm=True)
-    pooled = model.forward_intermediates(x, last, output_fmt="NHWC", intermediates_only=True)[0]
-    assert torch.equal(bare(x), pooled)
+    stream = model.forward_intermediates(x, last, output_fmt="NHWC", intermediates_only=True)[0]
+    assert torch.equal(map_of(model, bare(x), stream), stream)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
 
-from tests.timm_zoo import KINDS, image, small
+from tests.timm_zoo import KINDS, image, shallow, small
 
-SHALLOW = {"depths": (1, 1), "num_classes": 5, "drop_path_rate": 0.0}
+OPTIONS = {"num_classes": 5, "drop_path_rate": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_fx(name):
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_compile_without_graph_breaks(name):
-    model = small(name, **SHALLOW).eval()
+    model = small(name, **shallow(name), **OPTIONS).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for x in image(2, 3, 33, 40), image(2, 3, 40, 64):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
@@ -39,7 +39,7 @@ def test_compile_without_graph_breaks(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_compile_for_training(name):
-    model, x = small(name, **SHALLOW).train(), image(2, 3, 33, 40)
+    model, x = small(name, **shallow(name), **OPTIONS).train(), image(2, 3, 33, 40)
     model(x).square().sum().backward()
     grads = [p.grad for p in model.parameters()]
     model.zero_grad()
@@ -50,7 +50,7 @@ def test_compile_for_training(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_compile_features(name):
-    model, x = small(name, features_only=True, depths=(1, 1)).eval(), image()
+    model, x = small(name, features_only=True, **shallow(name)).eval(), image()
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
         for y, z in zip(compiled, model(x), strict=True):
@@ -59,7 +59,7 @@ def test_compile_features(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_export(name):
-    model = small(name, **SHALLOW).eval()
+    model = small(name, **shallow(name), **OPTIONS).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (image(2, 3, 52, 44),), dynamic_shapes=({0: batch},))
     x = image(3, 3, 52, 44)

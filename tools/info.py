@@ -36,7 +36,7 @@ def describe(name: str, input_size: "list[int] | None" = None) -> dict[str, Any]
     from vmamba.flops import CONVENTION, count
 
     entry, model = entry_of(name), skeleton(name)
-    size = input_size or [entry.weights.input_size if entry.weights else 224]
+    size = input_size or [entry.input_size]
     if len(size) > 2 or min(size) < 1:
         raise UserError(f"--input-size takes one or two positive numbers, got {' '.join(map(str, size))}")
     height, width = size[0], size[-1]

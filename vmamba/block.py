@@ -1,10 +1,11 @@
 """The parts that pyramid backbones share: residual block, stems, downsampling. Maps are channels-last, (b, h, w, c)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, LayerScale, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,16 +19,27 @@ class Block(nn.Module):
         dim: channels c.
         mixer: builds the token mixer, ``mixer(dim, device=..., dtype=...)``: (b, h, w, c) -> (b, h, w, c).
         mlp_ratio: hidden width of the MLP over c; 0 leaves the MLP out.
+        layer_scale: initial factor on the branches, learned for each channel; None for no factors.
         drop_path: probability of dropping a branch for a sample.
     """
 
     def __init__(
-        self, dim: int, *, mixer: Callable, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None
+        self,
+        dim: int,
+        *,
+        mixer: Callable,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        scale = nn.Identity if layer_scale is None else partial(LayerScale, dim, layer_scale, **dd)
         self.norm1 = LayerNorm(dim, **dd)
         self.mixer = mixer(dim, **dd)
+        self.scale1, self.scale2 = scale(), scale() if mlp_ratio > 0 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
             self.norm2 = LayerNorm(dim, **dd)
@@ -37,9 +49,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
         if self.norm2 is not None and self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
         return x
 
 
@@ -64,8 +76,27 @@ class Conv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def channels_first(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(b, h, w, c) -> (b, h', w', c'): a layer for maps (b, c, h, w) on a channels-last map, without a copy.
+
+    Batch norms are applied so, and not given a class of their own, because ``SyncBatchNorm.convert_sync_batchnorm`` and
+    its like put other layers for (b, c, h, w) in their place.
+    """
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ChannelsFirst(nn.Sequential):
+    """Layers for maps (b, c, h, w) on channels-last maps, as :func:`channels_first` applies them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, h', w', c')"""
+        return channels_first(super().forward, input)
+
+
 def channels_last(image: Tensor) -> Tensor:
     """(b, c, h, w) -> (b, h, w, c), contiguous"""
+    if torch.compiler.is_dynamo_compiling():  # plain sizes now, as the scans need later: traced 2.5 times as fast
+        _ = [range(side).stop for side in image.shape[2:]]
     return image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 

@@ -2,17 +2,21 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-ENVELOPES = ("model", "state_dict", "model_state_dict", "network_weights", "module")
-WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
+from vmamba.inert import inert
+
+ENVELOPES = ("model", "models", "net", "state_dict", "model_state_dict", "network_weights", "module")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # put before names by DataParallel, averaging, torch.compile
 PART = "backbone."  # where detectors and segmentors keep the backbone; their other tensors are ignored
+PIECE = re.compile(r"\[\d+\]$")  # name[0], name[1], ... are parts of one tensor, along a first axis of their own
 COUNTERS = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")  # no weights: may be missing or left over
 
 
@@ -86,10 +90,13 @@ def fit(source: "str | Path | Mapping", model: nn.Module) -> tuple[dict[str, Ten
     report, wanted = LoadReport(), model.state_dict()
     raw, report.ignored = _unwrap(source if isinstance(source, Mapping) else read(source), wanted)
     native, report.renamed = _rename(raw, model, wanted)
+    report.ignored += [key for key in raw if key not in native and key not in report.renamed]
     report.layout = "official" if report.renamed else "native"
     counters = [key for key in native if COUNTERS.search(key) and key not in wanted]
     report.ignored += counters
-    native = {key: tensor for key, tensor in native.items() if key not in counters}
+    native = _join({key: tensor for key, tensor in native.items() if key not in counters})
+    native, left_out = _adapt(native, model)
+    report.ignored += left_out
     native, report.reshaped = _reshape(native, wanted)
     for key, tensor in native.items():
         if key in wanted and tensor.shape != wanted[key].shape:
@@ -114,7 +121,8 @@ def read(path: "str | Path") -> Mapping:
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with inert():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint: {_reason(path, error)}") from error
     if not isinstance(content, Mapping):
@@ -125,7 +133,8 @@ def read(path: "str | Path") -> Mapping:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         try:
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with inert():
+                found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception:
             found = []
         if found:
@@ -143,8 +152,7 @@ def _unwrap(source: Mapping, wanted: Mapping) -> tuple[dict[str, Tensor], list[s
     if not state:
         shown = ", ".join(map(str, list(source)[:8])) or "nothing"
         raise ValueError(f"there are no tensors in the checkpoint; it holds {shown}")
-    for prefix in WRAPPERS:
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    state = {WRAPPERS.sub("", key): tensor for key, tensor in state.items()}
     if any(key.startswith(PART) for key in wanted) or not any(key.startswith(PART) for key in state):
         return state, []
     outside = [key for key in state if not key.startswith(PART)]
@@ -152,10 +160,15 @@ def _unwrap(source: Mapping, wanted: Mapping) -> tuple[dict[str, Tensor], list[s
 
 
 def _rename(state: Mapping[str, Tensor], model: nn.Module, wanted: Mapping) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by our names, and what was renamed; the second of two for one name keeps its own: it is unexpected."""
+    """Tensors by our names, and what was renamed; the second of two for one name keeps its own: it is unexpected.
+
+    What a rule gives an empty name is left out: constants that the original stores beside its weights.
+    """
     native, renamed = {key: tensor for key, tensor in state.items() if key in wanted}, {}
     for key, tensor in state.items():
         name = key if key in wanted else _native_name(key, model.official_keys, wanted)
+        if not name:
+            continue
         name = key if name in native else name
         native[name] = tensor
         if name != key:
@@ -168,7 +181,31 @@ def _native_name(key: str, rules, wanted: Mapping) -> str:
     for pattern, targets in rules:
         targets = targets if isinstance(targets, tuple) else (targets,)
         candidates = list(dict.fromkeys(re.sub(pattern, target, c) for c in candidates for target in targets))
-    return next((c for c in candidates if c in wanted), candidates[0])
+    return next((c for c in candidates if PIECE.sub("", c) in wanted), candidates[0])
+
+
+def _join(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks ``name[0]``, ``name[1]``, ... to ``name`` where they are all there, of one shape."""
+    parts: dict[str, list[str]] = {}
+    for key in sorted(state):
+        if PIECE.search(key):
+            parts.setdefault(PIECE.sub("", key), []).append(key)
+    whole = {}
+    for name, keys in parts.items():
+        wanted = [f"{name}[{i}]" for i in range(len(keys))]
+        if set(keys) == set(wanted) and len({state[key].shape for key in keys}) == 1:
+            whole[name] = torch.stack([state[key] for key in wanted])
+    rest = {key: tensor for key, tensor in state.items() if PIECE.sub("", key) not in whole or key in whole}
+    return {**rest, **whole}
+
+
+def _adapt(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """What modules with ``adapt_checkpoint(state, prefix)`` make of the state, and the names that they leave out."""
+    before = list(state)
+    for prefix, module in model.named_modules():
+        adapt: Callable[..., Any] | None = getattr(module, "adapt_checkpoint", None)
+        state = state if adapt is None else adapt(state, f"{prefix}." if prefix else "")
+    return state, [key for key in before if key not in state]
 
 
 def _reshape(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -178,9 +215,9 @@ def _reshape(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[di
 
 
 def _same(got: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    """Whether shapes differ as linear layer and 1x1 convolution or as (k * a, ...) and (k, a, ...), in either order."""
+    """Whether shapes differ in axes of size 1 alone, or are (k * a, ...) and (k, a, ...), in either order."""
     short, long = sorted((got, want), key=len)
     extra = len(long) - len(short)
-    pointwise = long == short + (1,) * extra
+    ones = [n for n in short if n != 1] == [n for n in long if n != 1]
     joined = extra == 1 and short == (long[0] * long[1], *long[2:])
-    return extra > 0 and (pointwise or joined)
+    return extra > 0 and (ones or joined)

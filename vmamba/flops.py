@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.kernels import causal_conv1d, scan2d, selective_scan
@@ -37,13 +39,25 @@ def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     formulas = {op: _doubled(formula) for op, (_, formula) in FORMULAS.items()}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, _RMSNorms(), torch.no_grad():
         functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
     kinds: dict[str, int] = {}
     for op, flops in counter.get_flop_counts()["Global"].items():
         kind = FORMULAS[op][0] if op in FORMULAS else BUILT_IN.get(op, "attention")
         kinds[kind] = kinds.get(kind, 0) + flops // 2
     return kinds
+
+
+class _RMSNorms(TorchFunctionMode):
+    """Counts an RMS norm as a layer norm: PyTorch computes it in parts that do not tell what they are of."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = _layer_norm if func in (F.rms_norm, torch.rms_norm) else func
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return F.layer_norm(input, normalized_shape, weight)
 
 
 def _scan(u, delta, A, *rest, out_shape=None) -> int:

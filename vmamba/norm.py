@@ -19,12 +19,13 @@ class LayerNorm(nn.LayerNorm):
 
     Args:
         channels: size c of the last axis.
+        eps: added to the variance.
         wide: the result stays float32 under autocast, as the residual stream and a network's results should.
         device, dtype: of the parameters.
     """
 
-    def __init__(self, channels: int, *, wide: bool = False, device=None, dtype=None):
-        super().__init__(channels, EPS, device=device, dtype=dtype)
+    def __init__(self, channels: int, *, eps: float = EPS, wide: bool = False, device=None, dtype=None):
+        super().__init__(channels, eps, device=device, dtype=dtype)
         self.wide = wide
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ class Entry:
     license: str
     timm: Mapping[str, Any] | None
 
+    @property
+    def input_size(self) -> int:
+        """Height and width of the images that the network is published for."""
+        published = (self.timm or {}).get("input_size", (3, 224, 224))[-1]
+        return self.weights.input_size if self.weights else published
+
 
 _entries: dict[str, Entry] = {}
 
@@ -59,7 +66,8 @@ def register(
     Args:
         cls: the network's class; takes every key of a variant as a keyword.
         variants: published settings by name.
-        keys: renames from the official checkpoint's names to ours, in order.
+        keys: renames from the official checkpoint's names to ours, in order; an empty name leaves the tensor out,
+            and ``name[0]``, ``name[1]`` ... are stacked to one tensor ``name``.
         weights: published weights by name.
         paper: arXiv number. origin: where the original lives. license: of the original weights.
         timm: further fields of timm's pretrained configuration; None keeps the network out of timm's registry.
@@ -104,7 +112,7 @@ def create_model(name: str, *, pretrained: "bool | str | Path" = False, **overri
 
     Args:
         name: one of :func:`list_models`; with ``_backbone`` at the end of a backbone's name, the feature pyramid that
-            detectors and segmentors use (:class:`vmamba.pyramid.Pyramid`).
+            detectors and segmentors use (:func:`vmamba.pyramid.pyramid_of`).
         pretrained: True for the published weights, or the path of a checkpoint in any known layout.
         **overrides: settings to change, such as ``num_classes=10`` or ``scan="raster"``.
 
@@ -116,11 +124,12 @@ def create_model(name: str, *, pretrained: "bool | str | Path" = False, **overri
 
     base = name.removesuffix("_backbone")
     if base != name and name not in entries():
-        from vmamba.pyramid import Pyramid
+        from vmamba.pyramid import pyramid_of
 
-        pyramid = {key: overrides.pop(key) for key in ("out_indices", "norm") if key in overrides}
+        build = pyramid_of(find(base).cls)
+        options = {key: overrides.pop(key) for key in inspect.signature(build).parameters if key in overrides}
         body: Any = create_model(base, pretrained=pretrained is True, num_classes=0, **overrides)
-        model = Pyramid(body, **pyramid)
+        model = build(body, **options)
     else:
         entry = find(name)
         if pretrained is True and entry.weights is None and "pretrained_cfg_overlay" not in overrides:

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Mapping
 from types import ModuleType
+from typing import cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vmamba.checkpoint import convert, fit
+from vmamba.protocol import TimmModel
 from vmamba.registry import Entry, entries
 
 
@@ -52,13 +54,13 @@ def _published(state: Mapping, model: nn.Module) -> dict[str, Tensor]:
 def _register(entry: Entry, module: ModuleType) -> None:
     def build(pretrained=False, **overrides):
         settings = {**entry.settings, **overrides}
-        every = tuple(range(len(settings["depths"])))
+        levels = cast(type[TimmModel], entry.cls).feature_levels(settings)
         return build_model_with_cfg(
             entry.cls,
             entry.name,
             pretrained,
             pretrained_filter_fn=_published,
-            feature_cfg={"out_indices": every, "feature_cls": "getter", "flatten_sequential": True},
+            feature_cfg={"out_indices": levels, "feature_cls": "getter", "flatten_sequential": True},
             **settings,
         )
 

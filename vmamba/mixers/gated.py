@@ -1,12 +1,15 @@
 """What the two-dimensional mixers share: project, convolve, activate, scan, norm, gate, project."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from vmamba.block import Conv2d
 from vmamba.norm import LayerNorm
+
+LINEAR = partial(nn.Linear, bias=False)
 
 
 class GatedMixer(nn.Module):
@@ -20,6 +23,7 @@ class GatedMixer(nn.Module):
         gate: activation of the gate branch (``nn.SiLU``), or None for no gate.
         act: activation after the convolution.
         norm: builds the output norm, ``norm(d, device=..., dtype=...)``, on channels-last maps.
+        linear: builds the projections in and out, ``linear(from, to, device=..., dtype=...)``; each has a ``weight``.
     """
 
     def __init__(
@@ -32,12 +36,13 @@ class GatedMixer(nn.Module):
         gate: Callable[[], nn.Module] | None = nn.SiLU,
         act: Callable[[], nn.Module] = nn.SiLU,
         norm: Callable[..., nn.Module] | None = None,
+        linear: Callable[..., Any] = LINEAR,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False, **dd)
+        self.in_proj = linear(dim, inner if gate is None else 2 * inner, **dd)
         self.conv = (
             Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd)
             if conv > 1
@@ -46,7 +51,7 @@ class GatedMixer(nn.Module):
         self.act = act()
         self.norm = LayerNorm(inner, **dd) if norm is None else norm(inner, **dd)
         self.gate = None if gate is None else gate()
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = linear(inner, dim, **dd)
 
     def scan_map(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d), float32 or wider."""

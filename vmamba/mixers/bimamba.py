@@ -1,0 +1,116 @@
+"""Mamba along routes, with a causal convolution in each: the mixers of Vision Mamba (arXiv:2401.09417, section 3.3).
+
+A sequence (b, l, c) is the map (b, 1, l, c), on which the scan ``bidirectional`` reads forwards and backwards and
+``raster`` forwards alone: there BiMamba is Mamba itself (arXiv:2312.00752).
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmamba.kernels.causal_conv1d import causal_conv1d
+from vmamba.kernels.scan2d import scan2d
+from vmamba.kernels.selective_scan import route_scan
+from vmamba.mixers.selective import SelectiveMixer
+from vmamba.scans import Scan
+
+
+class RouteConv(nn.Module):
+    """A causal depthwise convolution and SiLU along each of k routes, with weights of its own for each.
+
+    Args:
+        channels: channels d. width: steps that a filter sees. routes: number k of routes.
+    """
+
+    def __init__(self, channels: int, width: int, *, routes: int = 1, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(routes, channels, 1, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(routes, channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Conv1d``: uniform within one over the square root of the width."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def along(self, x: Tensor, route: int) -> Tensor:
+        """(b, l, d) -> (b, l, d), with the weights of ``route``."""
+        y = causal_conv1d(x.mT, self.weight[route, :, 0], self.bias[route], activation="silu")
+        return cast(Tensor, y).mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d) in image order, with the weights of the first route."""
+        return self.along(x.flatten(1, 2), 0).unflatten(1, x.shape[1:3])
+
+
+@register_notrace_module
+class BiMamba(SelectiveMixer):
+    """(b, h, w, c) -> (b, h, w, c): every route has its own convolution, projections and states; one scan for all.
+
+    On two opposite routes this is Vim's published mixer ("v2"). Volumes (b, d, h, w, c) are mixed alike by scans that
+    read them.
+
+    Args:
+        dim: channels c; the scans run on d = expand * c channels.
+        conv: steps that the causal convolution sees.
+        scan: the routes: a scan's name, ``"package.module"``, or a function ``routes(h, w) -> (k, l)``.
+        average: divide the sum of the routes by their number.
+        **selective: ``state``, ``expand``, ``rank``, ``linear``, ``device``, ``dtype`` of :class:`SelectiveMixer`.
+    """
+
+    def __init__(
+        self, dim: int, *, conv: int = 4, scan: "str | Callable" = "bidirectional", average: bool = True, **selective
+    ):
+        routes = Scan(scan)
+        super().__init__(dim, routes=routes.count, conv=1, act=nn.Identity, norm=nn.Identity, **selective)
+        dd: dict[str, Any] = {"device": selective.get("device"), "dtype": selective.get("dtype")}
+        self.conv1d = RouteConv(self.D.shape[1], conv, routes=routes.count, **dd)
+        self.scan, self.average = routes, average
+
+    def scan_map(self, x: Tensor) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
+        parts = [self._selected(route, i) for i, route in enumerate(self.scan.split(x).unbind(1))]
+        u, delta, B, C = (torch.stack(part, 1) for part in zip(*parts, strict=True))  # (b, k, l, d or n)
+        y = route_scan(u, delta, self.decay(), B, C, self.D, delta_bias=self.dt_bias, delta_softplus=True)
+        y = self.scan.merge(y, *x.shape[1:-1])
+        return y / self.scan.count if self.average else y
+
+    def _selected(self, x: Tensor, route: int) -> tuple[Tensor, ...]:
+        """(b, l, d) -> what the scan of ``route`` reads: u, delta (b, l, d), B, C (b, l, n)."""
+        u = self.conv1d.along(x, route)
+        dt, B, C = F.linear(u, self.x_proj[route]).split([self.rank, self.state, self.state], -1)
+        return u, F.linear(dt, self.dt_proj[route]), B, C
+
+
+@register_notrace_module
+class SharedBiMamba(SelectiveMixer):
+    """(b, h, w, c) -> (b, h, w, c): routes that share all but their decay, after one convolution in image order ("v1").
+
+    Args:
+        dim: channels c; the scans run on d = expand * c channels.
+        conv: steps that the causal convolution sees.
+        scan: the routes, which are summed: a scan's name, ``"package.module"``, or a function.
+        **selective: ``state``, ``expand``, ``rank``, ``linear``, ``device``, ``dtype`` of :class:`SelectiveMixer`.
+    """
+
+    def __init__(self, dim: int, *, conv: int = 4, scan: "str | Callable" = "bidirectional", **selective):
+        super().__init__(dim, routes=1, conv=1, act=nn.Identity, norm=nn.Identity, **selective)
+        dd: dict[str, Any] = {"device": selective.get("device"), "dtype": selective.get("dtype")}
+        self.scan = Scan(scan)
+        self.conv = RouteConv(self.D.shape[1], conv, **dd)
+        self.A_log = nn.Parameter(self.A_log.detach().repeat(self.scan.count, 1, 1))
+
+    def scan_map(self, x: Tensor) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
+        h, w = x.shape[1:3]
+        k = self.scan.count
+        projected = self.project(x).flatten(1, 2).expand(-1, -1, k, -1)  # (b, p, k, r + 2n)
+        dt_proj, D, bias = (p.expand(k, *p.shape[1:]) for p in (self.dt_proj, self.D, self.dt_bias))
+        table = self.scan.table(h, w, x.device)
+        y = scan2d(x.flatten(1, 2), projected, dt_proj, self.decay(), D, bias, table)
+        return y.unflatten(1, (h, w))
