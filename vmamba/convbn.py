@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from timm.models import register_notrace_module, reparameterize_model
+from timm.models import register_notrace_module
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights

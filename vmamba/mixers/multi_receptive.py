@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from timm.layers import make_divisible
-from timm.models import register_notrace_module, reparameterize_model
+from timm.models import register_notrace_module
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from vmamba.block import Conv2d

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from timm.layers import ClassifierHead, DropPath, SqueezeExcite, get_device_dtype
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from vmamba.backbone import Backbone, Stage
