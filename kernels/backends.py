@@ -17,9 +17,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn import Parameter
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+PLAIN = ("cpu", "cuda")
 
 _forced: list[str] = []
 
@@ -67,6 +70,19 @@ def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:
         return f"{error.name or error} is not installed"
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether nothing watches these tensors: no gradient, no tracing, no subclass.
+
+    An operator may then be run directly, without PyTorch's dispatcher, which takes longer than a small scan.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(t) in (Tensor, Parameter) and t.device.type in PLAIN and not (grad and t.requires_grad) for t in tensors
+    )
+
+
 def other_types(tensors: Iterable[Tensor], types: Sequence[torch.dtype]) -> str | None:
     """Why a backend that takes ``types`` cannot take these tensors; None where it can."""
     odd = sorted({str(t.dtype) for t in tensors if t.dtype not in types})
@@ -81,7 +97,7 @@ def available(operator: str) -> tuple[str, ...]:
 
 def operators() -> list[str]:
     """Names of the operators that have backends."""
-    return ["causal_conv1d", "layer_norm", "scan2d", "selective_scan"]
+    return ["causal_conv1d", "layer_norm", "route_conv", "routes", "scan2d", "selective_scan"]
 
 
 def _module(operator: str, name: str) -> ModuleType:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vmamba.kernels.backends import choose, plain
 
 
 class Table(NamedTuple):
@@ -50,29 +51,34 @@ def table_of(routes: Tensor, rows: int) -> Table:
 
 def gather(x: Tensor, table: Table) -> Tensor:
     """x (b, p, d) -> (b, k, l, d) in x's dtype."""
+    if plain(x):
+        return _gathered(x, *table[:3])
     return torch.ops.vmamba.route_gather(x, *table[:3])
 
 
 def merge(y: Tensor, table: Table) -> Tensor:
     """y (b, k, l, d) -> (b, p, d) in y's dtype, summed in float32 at least."""
+    if plain(y):
+        return _merged(y, *table[:3])
     return torch.ops.vmamba.route_merge(y, *table[:3])
 
 
-def _rows(x: Tensor, index: Tensor, padded: bool) -> Tensor:
-    """Rows ``index`` (any shape) of x (b, p, d); where ``padded``, p stands for a zero row."""
-    x = F.pad(x, (0, 0, 0, 1)) if padded else x
-    return x.index_select(1, index.reshape(-1)).unflatten(1, index.shape)
+def _gathered(x: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
+    return choose("routes", "", x).rows(x, routes.reshape(1, -1), padded).unflatten(1, routes.shape)
+
+
+def _merged(y: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
+    return choose("routes", "", y).rows(y.flatten(1, 2), inverse, padded)
 
 
 @torch.library.custom_op("vmamba::route_gather", mutates_args=())
 def _gather(x: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
-    return _rows(x, routes, padded)
+    return _gathered(x, routes, inverse, padded)
 
 
 @torch.library.custom_op("vmamba::route_merge", mutates_args=())
 def _merge(y: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
-    visits = _rows(y.flatten(1, 2), inverse, padded)
-    return visits.sum(1, dtype=torch.promote_types(y.dtype, torch.float32)).to(y.dtype)
+    return _merged(y, routes, inverse, padded)
 
 
 @_gather.register_fake

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vmamba.kernels.backends import choose
+from vmamba.kernels.backends import choose, plain
 from vmamba.kernels.routes import Table, gather, merge
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.kernels.selective_scan_reference import CHUNK
@@ -47,7 +47,10 @@ def scan2d(
     gaps = table.padded and table.routes.shape[1] == x.shape[1]  # as long as the map, yet not through each pixel
     if not table.once or gaps:
         return _composed(x, projected, dt_proj, A, D, bias, table, backend)
-    return torch.ops.vmamba.scan2d(x, projected, dt_proj, A, D, bias, table.routes, table.inverse, backend or "")[0]
+    tensors = (x, projected, dt_proj, A, D, bias)
+    if plain(*tensors):
+        return choose("scan2d", backend or "", *tensors).forward(*tensors, *table[:2])[0]
+    return torch.ops.vmamba.scan2d(*tensors, table.routes, table.inverse, backend or "")[0]
 
 
 def _composed(x, projected, dt_proj, A, D, bias, table: Table, backend: str | None) -> Tensor:

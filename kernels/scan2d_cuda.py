@@ -17,6 +17,7 @@ SOURCE = Path(__file__).with_name("scan2d.cu")
 TYPES = {torch.bfloat16: "T_BF16", torch.float16: "T_FP16"}
 THREADS, CHANNELS, TILE = 256, 32, 64  # of a block; TILE = CHUNK, so that a tile starts from a state that was kept
 PROGRAMS = 256  # fewer than this do not fill a large GPU: routes then get programs of their own
+SHORT = 256  # steps; shorter routes are not worth the sum over programs
 MOST = 64  # states, and ranks, that fit in shared memory
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2  # per multiprocessor, which bounds registers; measured on an H200
 
@@ -46,7 +47,7 @@ def forward(
     """y (b, p, d) and the states before each chunk (b, k, chunks, d, n), both float32."""
     (b, p, d), (k, length), n = x.shape, routes.shape, A.shape[-1]
     maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
-    groups, blocks = _grid(x, k)
+    groups, blocks = _grid(x, k, length)
     y = _new(x, length == p)(groups, b, p, d, dtype=torch.float32)
     states = x.new_empty(b, k, -(-length // TILE), d, n, dtype=torch.float32)
     with torch.cuda.device(x.device):
@@ -71,7 +72,7 @@ def backward(
     tensors = x, projected, dt_proj, A, D, bias
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
     maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
-    groups, blocks = _grid(x, k)
+    groups, blocks = _grid(x, k, length)
     new, whole = states.new_empty, length == p
     dx = _new(states, whole)(groups, b, p, d)
     dprojected = _new(states, whole)(blocks // b, b, *projected.shape[1:])
@@ -113,9 +114,11 @@ def shared_bytes(n: int, rank: int) -> tuple[int, int]:
     return once, once + back + deltas + factors + sums + 8 * 8 * CHANNELS * 4
 
 
-def _grid(x: Tensor, k: int) -> tuple[int, int]:
+def _grid(x: Tensor, k: int, length: int) -> tuple[int, int]:
     """Groups of routes that run side by side, and blocks of channels and samples."""
     blocks = x.shape[0] * -(-x.shape[2] // CHANNELS)
+    if length <= SHORT:
+        return 1, blocks
     return next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k)), blocks
 
 

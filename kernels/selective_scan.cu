@@ -24,7 +24,8 @@ __device__ __forceinline__ float real(unsigned short v) {
 }
 #endif
 
-constexpr int STEPS = 8, THREADS = 128, CHUNK = 64, PAIRS = STEPS * 2 * N, MINE = (PAIRS + THREADS - 1) / THREADS;
+constexpr int STEPS = 8, THREADS = 128, CHUNK = 64, VALUES = STEPS * N, MINE = (VALUES + THREADS - 1) / THREADS;
+constexpr int WIDE = N % 4 == 0 ? 4 : 1;  // states that are read from shared memory at once
 constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float power2(float v) {
@@ -47,13 +48,23 @@ __device__ __forceinline__ float softplus(float raw) {
     return fmaxf(raw, 0.f) + f * s;
 }
 
+// WIDE floats from shared memory
+__device__ __forceinline__ void read(float (&to)[WIDE], const float* from) {
+    if (WIDE == 4) {
+        float4 v = *(float4*)from;
+        to[0] = v.x, to[1 % WIDE] = v.y, to[2 % WIDE] = v.z, to[3 % WIDE] = v.w;
+    } else {
+        to[0] = *from;
+    }
+}
+
 struct Maps {  // B or C: its strides in elements
     int b, k, l, n;
 };
 
 // What a thread loads of 8 steps: its channel's u, delta and z, and its share of the block's B and C
 struct Loaded {
-    real_t u[STEPS], delta[STEPS], z[STEPS], bc[MINE];
+    real_t u[STEPS], delta[STEPS], z[STEPS], B[MINE], C[MINE];
 };
 
 template <bool OUT>
@@ -61,7 +72,7 @@ __device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const
                                      const real_t* C, const float* D, const real_t* z, const float* bias, float* y,
                                      float* last, float* states, float* end_states, float* end_steps, int k, int length,
                                      int d, int per, Maps to_B, Maps to_C) {
-    __shared__ alignas(16) float bc_s[2][STEPS][2 * N];  // pairs of B and C
+    __shared__ alignas(16) float B_s[2][VALUES], C_s[2][VALUES];  // step, state
     int blocks = (d + THREADS - 1) / THREADS, c0 = blockIdx.x % blocks * THREADS + threadIdx.x, c = min(c0, d - 1);
     int row = blockIdx.x / blocks, ki = row % k, segment = blockIdx.y, rows = gridDim.x / blocks;
     long long bi = row / k, at = (long long)row * length * d + c;
@@ -91,9 +102,10 @@ __device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const
         }
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
-            int v = i * THREADS + threadIdx.x, j = v / (2 * N) % STEPS, of = v % (2 * N), n = of >> 1;
-            long long t = min(start + j, length - 1);
-            next.bc[i] = of & 1 ? __ldg(C + t * to_C.l + (long long)n * to_C.n) : __ldg(B + t * to_B.l + (long long)n * to_B.n);
+            int v = i * THREADS + threadIdx.x, n = v % N;
+            long long t = min(start + v / N % STEPS, length - 1);
+            next.B[i] = __ldg(B + t * to_B.l + (long long)n * to_B.n);
+            if (OUT) next.C[i] = __ldg(C + t * to_C.l + (long long)n * to_C.n);
         }
     };
     load(first);
@@ -115,7 +127,8 @@ __device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             int v = i * THREADS + threadIdx.x;
-            if (v < PAIRS) bc_s[turn][0][v] = real(next.bc[i]);
+            if (v < VALUES) B_s[turn][v] = real(next.B[i]);
+            if (OUT && v < VALUES) C_s[turn][v] = real(next.C[i]);
         }
         __syncthreads();
         load(start + STEPS);
@@ -126,23 +139,15 @@ __device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const
         }
 #pragma unroll
         for (int j = 0; j < STEPS; j++) {
-            if (N % 2 == 0) {
 #pragma unroll
-                for (int n = 0; n < N; n += 2) {
-                    float4 m = *(float4*)&bc_s[turn][j][2 * n];
-                    h[n] = power2(step[j] * rate[n]) * h[n] + push[j] * m.x;
-                    if (OUT) out[j] += h[n] * m.y;
-                    if (n + 1 < N) {
-                        h[n + 1] = power2(step[j] * rate[n + 1]) * h[n + 1] + push[j] * m.z;
-                        if (OUT) out[j] += h[n + 1] * m.w;
-                    }
-                }
-            } else {
+            for (int n = 0; n < N; n += WIDE) {
+                float b[WIDE], c[WIDE];
+                read(b, &B_s[turn][j * N + n]);
+                if (OUT) read(c, &C_s[turn][j * N + n]);
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    float2 m = *(float2*)&bc_s[turn][j][2 * n];
-                    h[n] = power2(step[j] * rate[n]) * h[n] + push[j] * m.x;
-                    if (OUT) out[j] += h[n] * m.y;
+                for (int i = 0; i < WIDE; i++) {
+                    h[n + i] = power2(step[j] * rate[n + i]) * h[n + i] + push[j] * b[i];
+                    if (OUT) out[j] += h[n + i] * c[i];
                 }
             }
         }

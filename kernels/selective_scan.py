@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from vmamba.kernels.backends import choose
+from vmamba.kernels.backends import choose, plain
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 
@@ -91,7 +91,10 @@ def route_scan(
     Returns:
         y, (b, k, l, d), in float32 (float64 for float64 inputs), so that sums over routes lose nothing.
     """
-    return torch.ops.vmamba.selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus, backend or "")[0]
+    tensors = (u, delta, A, B, C, D, None, delta_bias)
+    if plain(*(t for t in tensors if t is not None)):
+        return choose("selective_scan", backend or "", *tensors).forward(*tensors, delta_softplus)[0]
+    return torch.ops.vmamba.selective_scan(*tensors, delta_softplus, backend or "")[0]
 
 
 @torch.library.custom_op("vmamba::selective_scan", mutates_args=())

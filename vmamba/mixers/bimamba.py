@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vmamba.kernels.causal_conv1d import causal_conv1d
+from vmamba.kernels.route_conv import route_conv
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.mixers.selective import SelectiveMixer
@@ -74,17 +74,15 @@ class BiMamba(SelectiveMixer):
 
     def scan_map(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
-        parts = [self._selected(route, i) for i, route in enumerate(self.scan.split(x).unbind(1))]
-        u, delta, B, C = (torch.stack(part, 1) for part in zip(*parts, strict=True))  # (b, k, l, d or n)
+        grid = x.shape[1:-1]
+        table = self.scan.grid_table(grid, x.device)
+        u = route_conv(x.flatten(1, -2), self.conv1d.weight[:, :, 0], self.conv1d.bias, table)  # (b, k, l, d)
+        projected = u @ self.x_proj.mT  # (b, k, l, r + 2n)
+        dt, B, C = projected.split([self.rank, self.state, self.state], -1)
+        delta = dt @ self.dt_proj.mT
         y = route_scan(u, delta, self.decay(), B, C, self.D, delta_bias=self.dt_bias, delta_softplus=True)
-        y = self.scan.merge(y, *x.shape[1:-1])
+        y = self.scan.merge(y, *grid)
         return y / self.scan.count if self.average else y
-
-    def _selected(self, x: Tensor, route: int) -> tuple[Tensor, ...]:
-        """(b, l, d) -> what the scan of ``route`` reads: u, delta (b, l, d), B, C (b, l, n)."""
-        u = self.conv1d.along(x, route)
-        dt, B, C = F.linear(u, self.x_proj[route]).split([self.rank, self.state, self.state], -1)
-        return u, F.linear(dt, self.dt_proj[route]), B, C
 
 
 @register_notrace_module
