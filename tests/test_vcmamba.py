@@ -69,10 +69,11 @@ def test_inner_maps_of_the_network():
     model = vmamba.create_model("vcmamba_s").double().eval()
     load_checkpoint(model, goldens.fill_state(golden))
     first = model.stages[3].blocks[4]  # "mamba0" is taken between its mixer and its MLP
-    inner = {"stage3.before_pos_embed": first.positions, "stage3.mamba0": first.norm2}
     found = {}
-    for name, module in inner.items():
-        module.register_forward_pre_hook(lambda _, inputs, name=name: found.update({name: nchw(inputs[0])}))
+    first.positions.register_forward_pre_hook(
+        lambda _, inputs: found.update({"stage3.before_pos_embed": nchw(inputs[0])})
+    )
+    first.norm2.register_forward_pre_hook(lambda _, inputs: found.update({"stage3.mamba0": inputs[0]}))
     found["pooled"] = model.forward_head(model.forward_features(*goldens.case_inputs(case)), pre_logits=True)
     for name, classifier in zip(("head", "dist_head"), model.get_classifier(), strict=True):
         found[name] = classifier(found["pooled"])

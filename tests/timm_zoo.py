@@ -14,6 +14,9 @@ SHRINK = {  # setting -> what a small network has instead
     "dim": lambda dim: 16,
     "dims": lambda dims: tuple(16 * 2**i for i in range(len(dims))),
     "drop_path_rate": lambda rate: 0.1,
+    "shuffle_rate": lambda rate: 0.0,  # its own tests have the shuffle; these compare passes with each other
+    "registers": lambda count: 4,
+    "reduce": lambda reduce: min(reduce, 2),
     "stem_dim": lambda dim: 8,
     "heads": lambda heads: tuple(2**i for i in range(len(heads))),
     "windows": lambda windows: tuple(side and 3 for side in windows),

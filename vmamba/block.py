@@ -101,16 +101,16 @@ def channels_last(image: Tensor) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """Stride 4 in one step: a 4x4 convolution and a norm."""
+    """Stride 4, or that of another ``patch``, in one step: a convolution of patches and a norm."""
 
-    def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
+    def __init__(self, in_chans: int, dim: int, *, patch: int = 4, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = Conv2d(in_chans, dim, 4, 4, **dd)
+        self.conv1 = Conv2d(in_chans, dim, patch, patch, **dd)
         self.norm1 = LayerNorm(dim, wide=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, in_chans, h, w) -> (b, floor(h / 4), floor(w / 4), dim)"""
+        """(b, in_chans, h, w) -> (b, floor(h / patch), floor(w / patch), dim)"""
         return self.norm1(self.conv1(channels_last(x)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from vmamba.block import Conv2d
+from vmamba.block import Conv2d, channels_first
 
 
 @register_notrace_module
@@ -76,7 +76,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h', w', out_dim)"""
-        return self.bn(self.conv(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return channels_first(self.bn, self.conv(x))
 
     def fuse(self) -> nn.Module:
         """The convolution with the batch norm in its weight and bias."""

@@ -4,12 +4,13 @@ Original code and weights: TerryPei/EfficientVMamba, Apache-2.0 by its README. T
 selective scan beside a convolution, the last two are inverted residuals with squeeze-and-excitation.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from timm.layers import DropPath
-from timm.models import _efficientnet_blocks as efficientnet
+from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from vmamba.backbone import Backbone, Stage
@@ -66,8 +67,8 @@ class EVSSBlock(nn.Module):
         return x + self.drop_path(self.gate(self.mixer(y)) + self.gate(self.conv(y)))
 
 
-class InvertedResidual(efficientnet.InvertedResidual):
-    """timm's inverted residual on channels-last maps, four times as wide inside (MobileNetV2, arXiv:1801.04381).
+class InvertedResidual(ChannelsFirst):
+    """An inverted residual with squeeze-and-excitation, four times as wide inside (MobileNetV2, arXiv:1801.04381).
 
     Args:
         dim: channels c.
@@ -75,12 +76,20 @@ class InvertedResidual(efficientnet.InvertedResidual):
     """
 
     def __init__(self, dim: int, *, drop_path: float = 0.0, device=None, dtype=None):
-        gate: Any = partial(efficientnet.SqueezeExcite, rd_ratio=1 / 8, rd_round_fn=int)
-        super().__init__(dim, dim, exp_ratio=4, se_layer=gate, drop_path_rate=drop_path, device=device, dtype=dtype)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide = 4 * dim
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv_pw=nn.Conv2d(dim, wide, 1, bias=False, **dd), bn1=nn.BatchNorm2d(wide, **dd), act1=nn.ReLU(True),
+            conv_dw=nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False, **dd),
+            bn2=nn.BatchNorm2d(wide, **dd), act2=nn.ReLU(True), se=SqueezeExcite(wide, rd_channels=wide // 8, **dd),
+            conv_pwl=nn.Conv2d(wide, dim, 1, bias=False, **dd), bn3=nn.BatchNorm2d(dim, **dd),
+            drop_path=DropPath(drop_path) if drop_path > 0 else nn.Identity(),
+        )  # fmt: skip
+        super().__init__(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return input + super().forward(input)
 
 
 class EfficientVMamba(Backbone):

@@ -21,23 +21,28 @@ from vmamba.registry import register
 HEAD_WIDTH = 1024  # channels between the last stage and the pooling
 
 
-class Stem(ChannelsFirst):
+class Stem(nn.Module):
     """Stride 4 by four 3x3 convolutions, the first and the third of stride 2, with batch norms and GELU between."""
 
     def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
+        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        half = dim // 2
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=nn.Conv2d(in_chans, half, 3, 2, 1, **dd), norm1=nn.BatchNorm2d(half, **dd), act1=nn.GELU(),
-            conv2=nn.Conv2d(half, half, 3, 1, 1, **dd), norm2=nn.BatchNorm2d(half, **dd), act2=nn.GELU(),
-            conv3=nn.Conv2d(half, dim, 3, 2, 1, **dd), norm3=nn.BatchNorm2d(dim, **dd), act3=nn.GELU(),
-            conv4=nn.Conv2d(dim, dim, 3, 1, 1, **dd), norm4=nn.BatchNorm2d(dim, **dd),
-        )  # fmt: skip
-        super().__init__(layers)
+        self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.conv2 = Conv2d(dim // 2, dim // 2, 3, 1, 1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim // 2, **dd)
+        self.conv3 = Conv2d(dim // 2, dim, 3, 2, 1, **dd)
+        self.norm3 = nn.BatchNorm2d(dim, **dd)
+        self.conv4 = Conv2d(dim, dim, 3, 1, 1, **dd)
+        self.norm4 = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.GELU()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> (b, ceil(h / 4), ceil(w / 4), dim)"""
-        return super().forward(channels_last(input))
+        x = self.act(channels_first(self.norm1, self.conv1(channels_last(x))))
+        x = self.act(channels_first(self.norm2, self.conv2(x)))
+        x = self.act(channels_first(self.norm3, self.conv3(x)))
+        return channels_first(self.norm4, self.conv4(x))
 
 
 def downsample(dim: int, out_dim: int, **dd: Any) -> nn.Module:

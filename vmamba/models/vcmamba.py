@@ -17,26 +17,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.backbone import Backbone, Stage
-from vmamba.block import ChannelsFirst, channels_first, channels_last, drop_path_rates
+from vmamba.block import ChannelsFirst, Conv2d, channels_first, channels_last, drop_path_rates
 from vmamba.distilled import DistilledHead
 from vmamba.mixers.plainmamba import PlainMamba
 from vmamba.registry import register
 
 
-class Stem(ChannelsFirst):
+class Stem(nn.Module):
     """Stride 4 in two steps: 3x3 convolutions with stride 2, each with a batch norm and ReLU."""
 
     def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
+        super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd), norm1=nn.BatchNorm2d(dim // 2, **dd), act1=nn.ReLU(),
-            conv2=nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd), norm2=nn.BatchNorm2d(dim, **dd), act2=nn.ReLU(),
-        )  # fmt: skip
-        super().__init__(layers)
+        self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.conv2 = Conv2d(dim // 2, dim, 3, 2, 1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) -> (b, ceil(h / 4), ceil(w / 4), dim)"""
-        return super().forward(channels_last(input))
+        x = F.relu(channels_first(self.norm1, self.conv1(channels_last(x))))
+        return F.relu(channels_first(self.norm2, self.conv2(x)))
 
 
 def downsample(dim: int, out_dim: int, **dd: Any) -> nn.Module:
