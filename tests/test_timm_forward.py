@@ -109,7 +109,7 @@ def test_classifier(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_classifier_at_creation(name):
     x, width = image(2), small(name).num_features
-    assert small(name, num_classes=0)(x).shape == (2, width)
+    assert small(name, num_classes=0)(x).shape == (2, small(name).head_hidden_size)
     assert small(name, num_classes=0, global_pool="")(x).shape == small(name).forward_features(x).shape
     assert small(name, num_classes=4, global_pool="avgmax", drop_rate=0.5)(x).shape == (2, 4)
     wide = small(name, num_classes=4, global_pool="catavgmax")

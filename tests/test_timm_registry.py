@@ -56,7 +56,8 @@ def test_configuration(name, published):
     assert isinstance(model.get_submodule(cfg.first_conv), torch.nn.Conv2d)
     assert model.in_chans == cfg.input_size[0] and model.num_classes == cfg.num_classes
     assert model.pretrained_cfg["architecture"] == name and model.output_fmt in ("NCHW", "NHWC", "NLC")
-    assert model.num_features == model.head_hidden_size and model.feature_info[-1]["num_chs"] == model.channels[-1]
+    assert model.head_hidden_size == model.num_features * model.head.global_pool.feat_mult()
+    assert model.feature_info[-1]["num_chs"] == model.channels[-1]
 
 
 @pytest.mark.parametrize("name", NAMES)

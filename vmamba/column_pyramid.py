@@ -1,7 +1,7 @@
 """ColumnPyramid: a column of blocks at one stride as a feature pyramid for detectors and segmentors."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -152,6 +152,16 @@ class SimpleFeaturePyramid(Neck):
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 
 
+class Coarser(nn.MaxPool2d):
+    """Maxima of squares of pixels; a map that is smaller than such a square becomes one pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, c, max(h // n, 1), max(w // n, 1))"""
+        h, w = input.shape[2:]
+        n = cast(int, self.kernel_size)
+        return F.max_pool2d(input, (min(n, h), min(n, w)))
+
+
 class ConvNorm(nn.Conv2d):
     """A convolution without bias and a LayerNorm over its channels."""
 
@@ -175,8 +185,8 @@ def _rescaled(c: int, between: int, out: int, factor: float, norm: Callable[...,
         4: lambda: [up(c, between, 2, 2, **dd), norm(between, **dd), nn.GELU(), up(between, out, 2, 2, **dd)],
         2: lambda: [up(c, out, 2, 2, **dd)],
         1: lambda: [],
-        0.5: lambda: [nn.MaxPool2d(2)],
-        0.25: lambda: [nn.MaxPool2d(4)],
+        0.5: lambda: [Coarser(2)],
+        0.25: lambda: [Coarser(4)],
     }
     return layers[factor]()
 

@@ -84,11 +84,16 @@ class TokenPool(nn.Module):
 
     An empty string leaves the tokens as they are.
 
+    Args:
+        pool_type: the name.
+        channels: c. device, dtype: of parameters. These three are for pools that have parameters; this one has none.
+        class_tokens: the class tokens among the tokens.
+
     Raises:
         ValueError: ``token`` without class tokens; AssertionError: the name is unknown.
     """
 
-    def __init__(self, pool_type: str, class_tokens: ClassTokens):
+    def __init__(self, pool_type: str, channels: int, *, class_tokens: ClassTokens, device=None, dtype=None):
         super().__init__()
         if pool_type == "token" and not class_tokens.count:
             raise ValueError("global_pool='token' needs class tokens; without them take 'avg', 'max', 'last' or ''")
@@ -121,6 +126,7 @@ class TokenHead(nn.Module):
         pool_type: see :class:`TokenPool`.
         drop_rate: dropout before the classifier.
         class_tokens: the class tokens among the tokens.
+        pool: builds the pooling, as :class:`TokenPool`.
     """
 
     def __init__(
@@ -131,21 +137,23 @@ class TokenHead(nn.Module):
         pool_type: str = "avg",
         drop_rate: float = 0.0,
         class_tokens: ClassTokens = NO_CLASS_TOKENS,
+        pool: Callable[..., TokenPool] = TokenPool,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        self.in_features, self.class_tokens = in_features, class_tokens
-        self.global_pool = TokenPool(pool_type, class_tokens)
+        self.in_features, self.class_tokens, self._pool = in_features, class_tokens, pool
         self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, device=device, dtype=dtype)
+        self.reset(num_classes, pool_type, device=device, dtype=dtype)
 
     def reset(self, num_classes: int, pool_type: str | None = None, *, device=None, dtype=None) -> None:
         """A new classifier of ``num_classes`` (0: none), pooling as before unless ``pool_type`` is given."""
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if pool_type is not None:
-            self.global_pool = TokenPool(pool_type, self.class_tokens).train(self.training)
+            pool = self._pool(pool_type, self.in_features, class_tokens=self.class_tokens, **dd)
+            self.global_pool = pool.train(self.training)
         self.num_features = self.in_features * self.global_pool.feat_mult()
-        linear = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        linear = nn.Linear(self.num_features, num_classes, **dd) if num_classes else nn.Identity()
         self.fc = linear.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
