@@ -5,111 +5,129 @@ of the encoder stage at the resolution it starts from, before it expands: this i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from vmamba.backbone import Stage
 from vmamba.block import Block, PatchMerging, PatchStem, drop_path_rates, init_linear
 from vmamba.checkpoint import LoadReport, convert, fit, load_checkpoint, read
+from vmamba.decoder import PatchExpand, falling_rates
 from vmamba.mixers.ss2d import SS2D
 from vmamba.models.vmamba import BLOCK_KEYS, VANILLA, VMamba
-from vmamba.norm import LayerNorm
 from vmamba.registry import register
+from vmamba.segmentor import Segmentor, grey_to, pyramid, pyramid_maps
 
 
-class PatchExpand(nn.Module):
-    """(b, h, w, c) -> (b, scale h, scale w, out_dim): a linear layer spreads each pixel over a patch, then a norm."""
-
-    def __init__(self, dim: int, out_dim: int, scale: int = 2):
-        super().__init__()
-        self.scale = scale
-        self.expand = nn.Linear(dim, scale * scale * out_dim, bias=False)
-        self.norm = LayerNorm(out_dim, wide=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, h, w, c) -> (b, scale h, scale w, out_dim)"""
-        patches = self.expand(x).unflatten(-1, (self.scale, self.scale, -1))  # (b, h, w, p1, p2, out_dim)
-        return self.norm(patches.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2))
-
-
-class VMUNet(nn.Module):
+class VMUNet(Segmentor):
     """Image (b, in_chans, h, w), h and w multiples of 32, -> map (b, num_classes, h, w).
 
     One class gives probabilities (the published network ends in a sigmoid), several give logits. Where ``in_chans`` is
     3, an image of one channel is repeated to three.
 
     Args:
-        num_classes: classes of the map.
-        in_chans: channels of the image.
-        dims: channels of the four encoder stages, each twice the one before.
+        encoder: what takes the place of the published encoder: the name of a backbone of the zoo, or what else
+            :func:`vmamba.segmentor.pyramid` takes. Its maps are added to the decoder; ``dims`` and ``depths`` then
+            mean nothing.
+        dims: channels of the four encoder stages.
         depths, depths_decoder: blocks per stage, in the order in which they run.
-        state: states n of the scans.
+        mixer: builds a block's mixer, ``mixer(dim, scan=..., device=..., dtype=...)``.
         drop_path_rate: stochastic depth of the last encoder and the first decoder block.
         scan: the order in which the mixers read the map.
+        **segmentor: ``num_classes``, ``in_chans``, ``device``, ``dtype`` of :class:`Segmentor`.
 
     Raises:
-        ValueError: channels do not double from stage to stage.
+        ValueError: channels do not double from stage to stage, or there are not as many decoder stages as maps.
     """
+
+    stem: PatchStem | None
 
     def __init__(
         self,
         *,
-        num_classes: int = 1,
-        in_chans: int = 3,
+        encoder: "str | nn.Module | None" = None,
         dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (2, 2, 2, 2),
         depths_decoder: Sequence[int] = (2, 2, 2, 1),
-        state: int = 16,
+        mixer: Callable[..., nn.Module] = SS2D,
         drop_path_rate: float = 0.2,
-        scan: str = "cross",
+        scan: Any = "cross",
+        **segmentor,
     ):
-        super().__init__()
+        super().__init__(**segmentor)
+        dd = self._dd
+        block = partial(Block, mixer=partial(mixer, scan=scan), mlp_ratio=0.0, **dd)
+        if encoder is None:
+            strides = [4 * 2**i for i in range(len(dims))]
+            self.stem, self.encoder = self._published(dims, drop_path_rates(drop_path_rate, depths), block)
+        else:
+            self.stem, self.encoder = None, pyramid(encoder, self.in_chans, **dd)
+            dims, strides = cast(Any, self.encoder).channels, cast(Any, self.encoder).strides
+        self.stride = strides[-1]
+        if len(depths_decoder) != len(dims):
+            raise ValueError(
+                f"{len(dims)} maps need as many decoder stages, got depths_decoder={tuple(depths_decoder)}"
+            )
+        levels = list(zip(dims, strides, strict=True))[::-1]
+        up = [nn.Identity(), *(PatchExpand(c, out, s // t, **dd) for (c, s), (out, t) in pairwise(levels))]
+        rates = falling_rates(drop_path_rate, depths_decoder)
+        self.decoder = nn.ModuleList(
+            Stage(change, [block(dim, drop_path=rate) for rate in row])
+            for change, (dim, _), row in zip(up, levels, rates, strict=True)
+        )
+        self.final_up = PatchExpand(dims[0], dims[0] // 4, strides[0], **dd)
+        self.outputs = nn.ModuleList([nn.Conv2d(dims[0] // 4, self.num_classes, 1, **dd)])
+        self.init_weights()
+
+    def _published(self, dims: Sequence[int], rates: list[list[float]], block) -> tuple[PatchStem, nn.ModuleList]:
         if any(b != 2 * a for a, b in pairwise(dims)):
             raise ValueError(f"dims must double from stage to stage, got {tuple(dims)}")
-        self.in_chans, self.num_classes, self.stride = in_chans, num_classes, 4 * 2 ** (len(dims) - 1)
-        block = partial(Block, mixer=partial(SS2D, state=state, scan=scan), mlp_ratio=0.0)
+        down = [nn.Identity(), *(PatchMerging(a, b, **self._dd) for a, b in pairwise(dims))]
+        stages = [
+            Stage(change, [block(dim, drop_path=rate) for rate in row])
+            for change, dim, row in zip(down, dims, rates, strict=True)
+        ]
+        return PatchStem(self.in_chans, dims[0], **self._dd), nn.ModuleList(stages)
 
-        def stage(change: nn.Module, dim: int, rates: list[float]) -> Stage:
-            return Stage(change, [block(dim, drop_path=rate) for rate in rates])
+    def initialise(self) -> None:
+        """Truncated normal (0.02) for linear layers; an encoder that was given keeps its own."""
+        for part in (self.encoder if self.stem else nn.Identity(), self.decoder, self.final_up):
+            part.apply(init_linear)
 
-        down = [nn.Identity(), *(PatchMerging(a, b) for a, b in pairwise(dims))]
-        up = [nn.Identity(), *(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))]
-        rates = drop_path_rates(drop_path_rate, depths)
-        rates_decoder = [r[::-1] for r in drop_path_rates(drop_path_rate, depths_decoder[::-1])[::-1]]
-        self.stem = PatchStem(in_chans, dims[0])
-        self.encoder = nn.ModuleList(map(stage, down, dims, rates))
-        self.decoder = nn.ModuleList(map(stage, up, dims[::-1], rates_decoder))
-        self.final_up = PatchExpand(dims[0], dims[0] // 4, scale=4)
-        self.final_conv = nn.Conv2d(dims[0] // 4, num_classes, 1)
-        self.apply(init_linear)
+    def encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(b, in_chans, h, w) -> the maps that are added to the decoder, finest first, and the one that it starts from.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, in_chans or 1, h, w) -> (b, num_classes, h, w)"""
-        logits = self.logits(x)
-        return logits.sigmoid() if self.num_classes == 1 else logits
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(b, in_chans or 1, h, w) -> (b, num_classes, h, w), before the sigmoid of the one-class network."""
-        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(
-                f"height and width must be multiples of {self.stride}, got {tuple(x.shape[-2:])}; pad the image"
-            )
-        x = x.expand(-1, self.in_chans, -1, -1) if x.shape[1] == 1 else x
-        x = self.stem(x)
-        skips = []
+        The published ones are the inputs of the encoder's stages. All are (b, h / s, w / s, c).
+        """
+        if self.stem is None:
+            maps = [y.permute(0, 2, 3, 1) for y in pyramid_maps(self.encoder, x, x.shape[2:])]
+            return maps, maps[-1]
+        x, skips = self.stem(x), []
         for stage in cast(Sequence[Stage], self.encoder):
             x = stage.downsample(x)
             skips.append(x)
-            x = stage.blocks(x)
+            x = stage.run(x)
+        return skips, x
+
+    def decode(self, x: Tensor) -> list[Tensor]:
+        """(b, in_chans, h, w) -> [(b, c, h, w)]"""
+        skips, x = self.encode(x)
         x = self.decoder[0](x)
         for stage in self.decoder[1:]:
             x = stage(x + skips.pop())
-        return self.final_conv(self.final_up(x).permute(0, 3, 1, 2))
+        return [self.final_up(x).permute(0, 3, 1, 2)]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """(b, in_chans or 1, h, w) -> (b, in_chans, h, w)"""
+        return grey_to(x, self.in_chans)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Probabilities of one class, logits of several."""
+        return logits.sigmoid() if self.num_classes == 1 else logits
 
 
 def load_imagenet(model: VMUNet, source: "str | Path | Mapping") -> LoadReport:
@@ -129,9 +147,11 @@ def load_imagenet(model: VMUNet, source: "str | Path | Mapping") -> LoadReport:
         FileNotFoundError: no such file; ValueError: not such weights: tensors of the encoder or of the decoder's blocks
             are missing or have other shapes; nothing has been loaded then.
     """
+    if model.stem is None:
+        raise ValueError("this VM-UNet has another encoder than the published one; load that encoder's weights")
     vanilla = VMamba(depths=(1, 1, 1, 1), dim=model.stem.conv1.out_channels, device="meta", **VANILLA)
     native = convert(source if isinstance(source, Mapping) else read(source), vanilla)
-    state, last = {}, len(model.encoder) - 1
+    state, last = {}, len(model.decoder) - 1
     for key, tensor in native.items():
         state[re.sub(r"^stages\.", "encoder.", key)] = tensor
         state[re.sub(r"^stages\.(\d+)\.(?=blocks)", lambda m: f"decoder.{last - int(m[1])}.", key)] = tensor
@@ -142,7 +162,7 @@ def load_imagenet(model: VMUNet, source: "str | Path | Mapping") -> LoadReport:
     return load_checkpoint(model, state, strict=False)
 
 
-_OWN = re.compile(r"decoder\.\d+\.downsample\.|final_")  # what VM-UNet has and VMamba has not
+_OWN = re.compile(r"decoder\.\d+\.downsample\.|final_up\.|outputs\.")  # what VM-UNet has and VMamba has not
 
 
 VARIANTS = {
@@ -158,6 +178,7 @@ KEYS = [
     (r"^layers_up\.(\d+)\.upsample\.", r"decoder.\1.downsample."),
     (r"^layers\.", "encoder."),
     (r"^layers_up\.", "decoder."),
+    (r"^final_conv\.", "outputs.0."),
     *BLOCK_KEYS,
 ]
 

@@ -80,6 +80,12 @@ def fill_state(golden: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: torch.from_numpy(np.asarray(fill(k, s))) for k, s in golden["state"].items() if k not in skip}
 
 
+def second_copies(golden: Mapping[str, Any]) -> dict[str, Tensor]:
+    """NaN under each key that shares another key's tensor (``tied``), which loading must leave out."""
+    aliases = [k for k in golden.get("skip", ()) if any(re.search(rule, k) for rule, _ in golden.get("tied", ()))]
+    return {k: torch.full(golden["state"][k], torch.nan) for k in aliases}
+
+
 def make_input(shape: Sequence[int], seed: int) -> NDArray:
     """A smooth, image-like float64 array of ``shape`` with values of order one."""
     x = _generator(seed).standard_normal(tuple(shape))

@@ -63,7 +63,9 @@ def sources(root: Path) -> dict[str, Path]:
     found = {}
     for prefix, folder in folders.items():
         files = [
-            path for path in folder.rglob("*.py") if not any(p.is_symlink() for p in path.parents if root in p.parents)
+            path
+            for path in (*folder.rglob("*.py"), *folder.rglob("*.cu"))
+            if not any(p.is_symlink() for p in path.parents if root in p.parents)
         ]
         found |= {f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in files}
     return found | {"vmamba/py.typed": root / "vmamba/py.typed"}

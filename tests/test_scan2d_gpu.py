@@ -48,6 +48,8 @@ def inputs(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("programs", [1, 1 << 20], ids=["routes in turn", "routes apart"])
 def test_values_and_gradients(case, backend, dtype, programs, monkeypatch):
+    if backend is scan2d_cuda:  # channels in multiples of 8
+        case = (*case[:2], -(-case[2] // 8) * 8, *case[3:])
     monkeypatch.setattr(backend, "PROGRAMS", programs)
     monkeypatch.setattr(backend, "SHORT", 0, raising=False)
     assert backend.why_not(*inputs(case, dtype)[0]) is None

@@ -13,9 +13,7 @@ def add_parser(subparsers: Any) -> None:
     text = "parameters, multiply-adds, strides, channels and weights of a network"
     parser = add_command(subparsers, "info", text, "vmamba info vmamba_tiny_s1l8 --input-size 384 512")
     parser.add_argument("name", help="a name of vmamba list, or a backbone's with _backbone at its end")
-    parser.add_argument(
-        "--input-size", type=int, nargs="+", metavar="N", help="height and width counted for (default: published)"
-    )
+    parser.add_argument("--input-size", type=int, nargs="+", metavar="N", help="sides counted for (default: published)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -28,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(name: str, input_size: "list[int] | None" = None) -> dict[str, Any]:
-    """What ``vmamba info`` prints; ``input_size`` is [n] or [height, width], the published one by default.
+    """What ``vmamba info`` prints; ``input_size`` is [n], [height, width] or [depth, height, width] of a volume.
 
     Raises:
         UserError: the name is unknown, or the network does not take that size.
@@ -36,21 +34,23 @@ def describe(name: str, input_size: "list[int] | None" = None) -> dict[str, Any]
     from vmamba.flops import CONVENTION, count
 
     entry, model = entry_of(name), skeleton(name)
-    size = input_size or [entry.input_size]
-    if len(size) > 2 or min(size) < 1:
-        raise UserError(f"--input-size takes one or two positive numbers, got {' '.join(map(str, size))}")
-    height, width = size[0], size[-1]
+    size, axes = input_size or entry.sides or [entry.input_size], getattr(model, "axes", 2)
+    if len(size) not in (1, axes) or min(size) < 1:
+        numbers = {2: "one or two", 3: "one or three"}[axes]
+        raise UserError(f"--input-size takes {numbers} positive numbers, got {' '.join(map(str, size))}")
+    sides = list(size) if len(size) == axes else list(size) * axes
     channels = getattr(model, "in_chans", 3)
     try:
-        cost = count(model, (1, channels, height, width))
+        cost = count(model, (1, channels, *sides))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{name} does not take images of {height} x {width}: {str(error).splitlines()[0]}") from error
+        shown = " x ".join(map(str, sides))
+        raise UserError(f"{name} does not take images of {shown}: {str(error).splitlines()[0]}") from error
     weights = entry.weights
     return {
         "name": name,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "parameters": parameters(model),
-        "input": [channels, height, width],
+        "input": [channels, *sides],
         "multiply_adds": sum(cost.values()),
         "multiply_adds_by_kind": cost,
         "convention": CONVENTION,

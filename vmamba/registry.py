@@ -39,6 +39,7 @@ class Entry:
     origin: str
     license: str
     timm: Mapping[str, Any] | None
+    sides: tuple[int, ...] | None = None
 
     @property
     def input_size(self) -> int:
@@ -60,6 +61,7 @@ def register(
     origin: str,
     license: str,
     timm: Mapping[str, Any] | None = None,
+    sides: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Add the ``variants`` of ``cls`` to the zoo.
 
@@ -71,12 +73,15 @@ def register(
         weights: published weights by name.
         paper: arXiv number. origin: where the original lives. license: of the original weights.
         timm: further fields of timm's pretrained configuration; None keeps the network out of timm's registry.
+        sides: those of the images or volumes that a variant's figures are given for, by name, where they are not
+            :attr:`Entry.input_size`.
     """
     cls.official_keys = keys  # pyright: ignore[reportAttributeAccessIssue]
     for name, settings in variants.items():
         if name in _entries:
             raise ValueError(f"{name!r} is registered twice, by {_entries[name].cls.__name__} and {cls.__name__}")
-        _entries[name] = Entry(name, cls, settings, (weights or {}).get(name), paper, origin, license, timm)
+        weight, size = (weights or {}).get(name), (sides or {}).get(name)
+        _entries[name] = Entry(name, cls, settings, weight, paper, origin, license, timm, size)
 
 
 def entries() -> dict[str, Entry]:
