@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vmamba.kernels.backends import ORDER, operators, why_not
+from vmamba.openmmlab import BUILD, REGISTRY, SUPPORTED, Toolbox, toolboxes
 
 PACKAGES = {
     "core": ("vmamba", "torch", "torchvision", "timm", "triton", "numba", "numpy", "PyWavelets", "safetensors"),
@@ -37,6 +38,7 @@ class Report:
     devices: tuple[str, ...]
     settings: Mapping[str, str]
     choices: tuple[Choice, ...]
+    openmmlab: Mapping[str, Toolbox]
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -47,6 +49,7 @@ class Report:
             yield f"{extra}: " + ", ".join(f"{name} {found or 'MISSING'}" for name, found in packages.items())
             if extra != "core" and None in packages.values():
                 yield f"  for what is missing: pip install 'vmamba[{extra}]'"
+        yield from self._openmmlab()
         yield "devices: " + "; ".join(self.devices)
         yield from (f"{name}={value} is set" for name, value in self.settings.items())
         for operator in dict.fromkeys(choice.operator for choice in self.choices):
@@ -55,9 +58,15 @@ class Report:
                 yield f"  {choice.device} tensors: {choice.backend}"
                 yield from (f"    not {name}: {reason}" for name, reason in choice.others.items())
 
+    def _openmmlab(self) -> Iterator[str]:
+        yield "openmmlab: " + ", ".join(str(self.openmmlab.get(name, f"{name} MISSING")) for name in SUPPORTED)
+        for name, toolbox in self.openmmlab.items():
+            yield from (f"  {name}: {problem}" for problem in toolbox.problems)
+        yield f"  {REGISTRY}" if "mmengine" in self.openmmlab else f"  {BUILD}"
+
 
 def doctor() -> Report:
-    """Looks at this machine; compiles and runs nothing.
+    """Looks at this machine; compiles and runs nothing, but imports what there is of OpenMMLab.
 
     >>> doctor().choices[0].operator
     'causal_conv1d'
@@ -67,7 +76,7 @@ def doctor() -> Report:
     samples = _sample("cpu"), _sample("cuda")
     choices = tuple(_choice(operator, sample) for operator in operators() for sample in samples)
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    return Report(system, packages, tuple(_devices()), settings, choices)
+    return Report(system, packages, tuple(_devices()), settings, choices, toolboxes())
 
 
 def _choice(operator: str, sample: Tensor) -> Choice:

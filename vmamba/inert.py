@@ -20,7 +20,7 @@ class Inert:
         return OrderedDict()
 
 
-STAND_INS = (
+NAMES = (
     "argparse.Namespace",
     "builtins.getattr",
     "mmengine.config.config.ConfigDict",
@@ -30,15 +30,19 @@ STAND_INS = (
     "pathlib.WindowsPath",
     "yacs.config.CfgNode",
 )
-CORE: Any = np._core if hasattr(np, "_core") else np.core  # its name before and since NumPy 2
+CORE: Any = getattr(np, "_core", None) or np.core  # its name since NumPy 2, and before
+MAKERS = ("_reconstruct", "scalar")
+DTYPES = [type(np.dtype(kind)) for kind in "bBhHiIlLqQefd?"]
 NUMPY: list[tuple[Callable, str]] = [
-    *((getattr(CORE.multiarray, f), f"numpy.{c}.multiarray.{f}") for f in ("_reconstruct", "scalar") for c in ("core", "_core")),
+    *((getattr(CORE.multiarray, f), f"numpy.{core}.multiarray.{f}") for f in MAKERS for core in ("core", "_core")),
     *((kind, f"numpy.{kind.__name__}") for kind in (np.ndarray, np.dtype)),
-    *((type(np.dtype(kind)), f"numpy.dtypes.{type(np.dtype(kind)).__name__}") for kind in "bBhHiIlLqQefd?"),
+    *((kind, f"numpy.dtypes.{kind.__name__}") for kind in DTYPES),
 ]
 
 
 def inert() -> AbstractContextManager:
-    """Inside it, ``torch.load`` reads arrays, and what ``STAND_INS`` names as empty mappings; nothing else is allowed."""
-    known = {f"{f.__module__}.{f.__qualname__}" if callable(f) else f[1] for f in torch.serialization.get_safe_globals()}
-    return torch.serialization.safe_globals([*NUMPY, *((Inert, name) for name in STAND_INS if name not in known)])
+    """Inside it, ``torch.load`` reads arrays, and what ``NAMES`` lists as empty mappings; nothing else is allowed."""
+    allowed = torch.serialization.get_safe_globals()
+    known = {f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}" for f in allowed}
+    ours = [*NUMPY, *((Inert, name) for name in NAMES)]
+    return torch.serialization.safe_globals([(stand_in, name) for stand_in, name in ours if name not in known])

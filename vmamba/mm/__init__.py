@@ -1,0 +1,23 @@
+"""The zoo's backbones in OpenMMLab's toolboxes (mmdet, mmseg, mmpretrain ...), through mmengine's root registry.
+
+A configuration needs one line, ``custom_imports = dict(imports=["vmamba.mm"], allow_failed_imports=False)``. Then it
+can have ``backbone=dict(type="VMambaBackbone", variant="vmamba_tiny_s1l8")`` and, in the optimiser wrapper,
+``constructor="VMambaOptimWrapperConstructor"``. ``import vmamba`` alone never imports anything of OpenMMLab.
+"""
+
+try:
+    import mmengine  # noqa: F401
+except ImportError as error:
+    advice = "install the extra 'mm' of vmamba (make mm in a checkout); vmamba doctor says what is missing"
+    raise ImportError(f"vmamba.mm needs mmengine: {error}; {advice}") from error
+
+from vmamba.mm import complexity, history, layers, official
+from vmamba.mm.backbone import VMambaBackbone
+from vmamba.mm.schedule import VMambaOptimWrapperConstructor
+
+__all__ = ["VMambaBackbone", "VMambaOptimWrapperConstructor"]
+
+complexity.register()
+history.register()
+layers.register()
+official.register()
