@@ -70,17 +70,21 @@ def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:
         return f"{error.name or error} is not installed"
 
 
-def plain(*tensors: Tensor) -> bool:
-    """Whether nothing watches these tensors: no gradient, no tracing, no subclass.
+def eager(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd watches these tensors: no tracing, no transform, no subclass.
 
     An operator may then be run directly, without PyTorch's dispatcher, which takes longer than a small scan.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    grad = torch.is_grad_enabled()
-    return all(
-        type(t) in (Tensor, Parameter) and t.device.type in PLAIN and not (grad and t.requires_grad) for t in tensors
-    )
+    if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) in (Tensor, Parameter) and t.device.type in PLAIN for t in tensors)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these tensors are :func:`eager` and no gradient is asked for."""
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and eager(*tensors)
 
 
 def other_types(tensors: Iterable[Tensor], types: Sequence[torch.dtype]) -> str | None:

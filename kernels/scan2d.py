@@ -6,11 +6,14 @@ rely on routes that visit no pixel twice and, where they are as long as the map,
 step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vmamba.kernels.backends import choose, plain
+from vmamba.kernels.backends import choose, eager
 from vmamba.kernels.routes import Table, gather, merge
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.kernels.selective_scan_reference import CHUNK
@@ -48,8 +51,8 @@ def scan2d(
     if not table.once or gaps:
         return _composed(x, projected, dt_proj, A, D, bias, table, backend)
     tensors = (x, projected, dt_proj, A, D, bias)
-    if plain(*tensors):
-        return choose("scan2d", backend or "", *tensors).forward(*tensors, *table[:2])[0]
+    if eager(*tensors):
+        return _Direct.apply(*tensors, *table[:2], backend or "")
     return torch.ops.vmamba.scan2d(*tensors, table.routes, table.inverse, backend or "")[0]
 
 
@@ -122,6 +125,24 @@ def _gradients(ctx, dy, dstates):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the dispatcher, where nothing but autograd watches."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, routes, inverse, ctx.backend = inputs
+        y, states = choose("scan2d", ctx.backend, *tensors).forward(*tensors, routes, inverse)
+        ctx.save_for_backward(states, *inputs[:-1])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        states, *tensors, routes, inverse = ctx.saved_tensors
+        grads = choose("scan2d", ctx.backend, *tensors).backward(dy.contiguous(), states, routes, inverse, *tensors)
+        return *grads, None, None, None
 
 
 def _check(x, projected, dt_proj, A, D, bias, table) -> None:
