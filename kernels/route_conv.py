@@ -5,6 +5,8 @@
 Steps before a route's first are zeros, as are padded ones.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -39,4 +41,4 @@ def route_conv(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
 def filtered(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
     """The same step by step, with gradients: gather, then a causal convolution of each route."""
     routes = zip(gather(x, table).unbind(1), weight, bias, strict=True)
-    return torch.stack([causal_conv1d(u.mT, w, b, activation="silu").mT for u, w, b in routes], 1)
+    return torch.stack([cast(Tensor, causal_conv1d(u.mT, w, b, activation="silu")).mT for u, w, b in routes], 1)

@@ -62,10 +62,10 @@ def forward(
     segments, per = _segments(b * k * -(-d // 32), length)
     ends = u.new_empty(segments - 1, b, k, d, n + 1, dtype=torch.float32)
     end_states, end_steps = ends.flatten().split([ends[..., :n].numel(), ends[..., n].numel()])
-    maps = [None if t is None else t.to(u.dtype).contiguous() for t in (u, delta, z)]
-    A, D, bias = (None if t is None else t.float().contiguous() for t in (A, D, bias))
     none = y  # a pointer that is not read
-    tensors = *maps[:2], A, B, C, *(none if t is None else t for t in (D, maps[2], bias))
+    u, delta, gate = (none if t is None else t.to(u.dtype).contiguous() for t in (u, delta, z))
+    rates, skip, shift = (none if t is None else t.float().contiguous() for t in (A, D, bias))
+    tensors = u, delta, rates, B, C, skip, gate, shift
     blocks = b * k * -(-d // THREADS)
     arguments = *tensors, y, last, states, end_states, end_steps, k, length, d, per, *B.stride(), *C.stride()
     there = {"HAS_D": D, "HAS_Z": z, "HAS_BIAS": bias}

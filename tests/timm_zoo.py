@@ -18,7 +18,7 @@ SHRINK = {  # setting -> what a small network has instead
     "registers": lambda count: 4,
     "reduce": lambda reduce: min(reduce, 2),
     "stem_dim": lambda dim: 8,
-    "heads": lambda heads: tuple(2**i for i in range(len(heads))),
+    "heads": lambda heads: tuple(2**i for i in range(len(heads))) if isinstance(heads, tuple) else 4,
     "windows": lambda windows: tuple(side and 3 for side in windows),
 }
 NAMES = [name for name, entry in entries().items() if entry.timm is not None]

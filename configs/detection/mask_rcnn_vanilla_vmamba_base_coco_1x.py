@@ -1,0 +1,21 @@
+"""Mask R-CNN with Vanilla-VMamba-B on COCO, 12 epochs.
+
+    vmamba train configs/detection/mask_rcnn_vanilla_vmamba_base_coco_1x.py
+    tools/dist_train.sh configs/detection/mask_rcnn_vanilla_vmamba_base_coco_1x.py 8
+
+Hardware: 8 GPUs, 2 images each.
+Expected: box AP 48.6, mask AP 43.3.
+Source: VMamba's README (github.com/MzeroMiko/VMamba).
+Parameters of the whole network: 96M published.
+"""
+
+_base_ = [
+    "../_base_/models/mask_rcnn.py",
+    "../_base_/datasets/coco_instance.py",
+    "../_base_/schedules/detection_1x.py",
+]
+custom_imports = dict(imports=["vmamba.mm"], allow_failed_imports=False)
+model = dict(
+    backbone=dict(variant="vanilla_vmamba_base", out_indices=(0, 1, 2, 3), drop_path_rate=0.2),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
