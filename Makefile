@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PINS := setup.cfg constraints.txt
 OLD := vmamba needs Python 3.10 or newer; choose one with make PYTHON=/path/to/python3. Found
 ARGS ?=
+JOBS ?= 2
 .NOTPARALLEL:
 
 .PHONY: help demo mm test test-gpu lint format bench clean distclean
@@ -13,7 +14,7 @@ ARGS ?=
 help:
 	@echo "make demo      segment an MRI with VM-UNet, from a bare machine"
 	@echo "make mm        mmdet and mmseg with mmcv's operators, which are compiled once and kept in the user's cache"
-	@echo "make test      all tests (ARGS=... goes to pytest)"
+	@echo "make test      all tests, JOBS=2 at a time (ARGS=... goes to pytest)"
 	@echo "make test-gpu  the tests that need a CUDA GPU"
 	@echo "make lint      ruff and pyright;  make format: ruff repairs what it can"
 	@echo "make bench     time networks against timm's (ARGS=operators: the operators; ARGS='models --batch 8': options)"
@@ -25,7 +26,7 @@ demo: $(VENV)/.medical
 mm: $(VENV)/.mm
 
 test: $(VENV)/.dev $(VENV)/.mm
-	VMAMBA_TEST_MM=1 $(BIN)/python -m pytest --durations=15 $(ARGS)
+	VMAMBA_TEST_MM=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --durations=15 $(ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)

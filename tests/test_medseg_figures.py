@@ -1,5 +1,6 @@
 """Losses, counts and conventions of medseg against the figures of the original implementations."""
 
+import json
 import math
 
 import numpy as np
@@ -7,10 +8,14 @@ import pytest
 import torch
 
 from tests import goldens
+from tests.medseg_data import volumes
+from tests.test_medseg_input import rejected, run
 
 pytest.importorskip("monai")
+from vmamba.medical.conventions import hd95, pooled, volume_scores
 from vmamba.medical.evaluate import scores, summarise
 from vmamba.medical.inference import infer
+from vmamba.medical.labelset import classes
 from vmamba.medical.module import build_loss
 from vmamba.medical.transforms import Augment, pad_to
 
@@ -33,20 +38,67 @@ def test_scores_are_nnunets(case):
     shape, seed = case["shape"], case["seed"]
     one, two = (goldens.make_input([1, 1, *shape], s)[0, 0] for s in (seed, seed + 1))
     predicted, truth = (one > 0.3).astype(int), ((one > 0.15) & ~(two > 0.9)).astype(int)
-    got = scores(truth, predicted, 2)["1"]
+    got = scores(truth, predicted, classes(1))["1"]
     for name, summary in case["outputs"].items():
         assert got[name] == pytest.approx(summary["value"], abs=1e-12), name
     assert (got["n_pred"], got["n_ref"]) == (predicted.sum(), truth.sum())
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c["kind"] == "medpy"], ids=lambda c: str(c["shape"]))
+def test_hd95_is_medpys(case):
+    truth, predicted = masks_of(case)
+    assert hd95(truth, predicted, case["spacing"]) == pytest.approx(case["outputs"]["hd95"]["value"], abs=1e-12)
+    dice = volume_scores(truth, predicted)["Dice"]
+    assert dice == pytest.approx(case["outputs"]["dc"]["value"], abs=1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["kind"] == "isic_metrics"], ids=lambda c: str(c["shape"]))
+def test_pooled_figures_are_vmunets(case):
+    truth, predicted = masks_of(case)
+    got, names = (
+        pooled([(truth[::2], predicted[::2]), (truth[1::2], predicted[1::2])]),
+        {"f1_or_dsc": "DSC", "miou": "mIoU"},
+    )
+    for name, summary in case["outputs"].items():
+        assert got[names.get(name, name)] == pytest.approx(summary["value"], abs=1e-12), name
+
+
+def test_empty_masks_follow_the_papers():
+    case = next(c for c in CASES if c["kind"] == "synapse_empty")
+    full, empty = np.ones((2, 3, 4), bool), np.zeros((2, 3, 4), bool)
+    got = [list(volume_scores(t, p).values()) for t, p in ((empty, full), (full, empty), (empty, empty))]
+    assert got == case["outputs"]["table"]["value"]
+
+
+def masks_of(case):
+    """(truth, prediction) as the golden says."""
+    shape, seed = case["shape"], case["seed"]
+    one, two = (goldens.make_input([1, 1, *shape], s)[0, 0] for s in (seed, seed + 1))
+    return (one > 0.15) & ~(two > 0.9), one > 0.3
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("isic", "mIoU"), ("synapse", "HD95"), ("acdc", "HD95")])
+def test_evaluation_by_name(tmp_path, capsys, name, wanted):
+    volumes(tmp_path / "d")
+    words = ["evaluate", tmp_path / "d/labels", tmp_path / "d/labels", "--convention", name, "-o", tmp_path / "s.json"]
+    assert run(*words, "--no-progress") == 0
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["convention"] == name and wanted in capsys.readouterr().out and "conventions" in summary
+    perfect = summary["pooled"]["DSC"] if name == "isic" else summary["foreground_mean"]["Dice"]
+    assert perfect == 1
+    rejected(lambda: run(*words), tmp_path / "s.json", "exists")
+    rejected(lambda: run(*words[:3], "--convention", "mine"), "mine", "isic, synapse, acdc")
+
+
 def test_empty_classes_follow_nnunet():
     empty, full = np.zeros((1, 4, 4), int), np.ones((1, 4, 4), int)
-    both, missed, found = scores(empty, empty, 2), scores(full, empty, 2), scores(full, full, 2)
+    pairs = (empty, empty), (full, empty), (full, full)
+    both, missed, found = (scores(*pair, classes(1)) for pair in pairs)
     assert math.isnan(both["1"]["Dice"]) and math.isnan(both["1"]["IoU"])
     assert missed["1"]["Dice"] == 0 and found["1"]["Dice"] == 1
-    assert scores(empty, full, 2)["1"]["Dice"] == 0
+    assert scores(empty, full, classes(1))["1"]["Dice"] == 0
     cases = [{"metrics": m} for m in (both, missed, found)]
-    assert summarise(cases, 2)["foreground_mean"]["Dice"] == 0.5
+    assert summarise(cases)["foreground_mean"]["Dice"] == 0.5
 
 
 def test_padding_takes_the_smallest_value_and_is_cut_out_again():

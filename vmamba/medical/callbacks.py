@@ -3,7 +3,7 @@
 import csv
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
@@ -14,7 +14,7 @@ from vmamba.medical.module import Segmenter
 
 
 class MetricsFile(Callback):
-    """One row an epoch in metrics.csv; a resumed run drops the rows after its checkpoint and goes on."""
+    """One row an epoch in metrics.csv, the module's ``history`` among it; a resumed run drops the rows it repeats."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.start = path, 0.0
@@ -26,14 +26,13 @@ class MetricsFile(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Appends the epoch's figures."""
-        assert isinstance(pl_module, Segmenter)
         metrics = trainer.callback_metrics
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "train_loss": float(metrics["train_loss_epoch"]),
             "val_dice": float(metrics["val_dice"]),
-            **pl_module.history,
+            **cast(dict[str, float], pl_module.history),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - self.start, 2),
         }

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from vmamba.errors import UserError
+from vmamba.medical.fold_module import OPTIMISERS, FoldSettings
+from vmamba.medical.networks import TRAINERS, network_name
+from vmamba.medical.patches import AUGMENTATIONS as FOLD_AUGMENTATIONS
+from vmamba.medical.plan import Configuration
 from vmamba.medical.spec import PRESETS, Settings
 from vmamba.medical.transforms import AUGMENTATIONS, NORMALISATIONS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-_NAMED = {"preset": PRESETS, "normalisation": NORMALISATIONS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
+_NAMED = {"normalisation": NORMALISATIONS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
@@ -24,6 +28,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def check_settings(settings: Settings) -> None:
     """UserError for a name or a number that no training could use."""
+    check_preset(settings.preset, settings.model)
     for name, table in _NAMED.items():
         value = getattr(settings, name)
         if value not in table:
@@ -31,5 +36,31 @@ def check_settings(settings: Settings) -> None:
     for name, (fits, wanted) in _RANGES.items():
         if not fits(getattr(settings, name)):
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected {wanted}")
-    if settings.preset != "published" and not settings.model.startswith("vmunet"):
-        raise UserError(f"--preset {settings.preset}: is for vmunet, not {settings.model}; use --set KEY=VALUE")
+
+
+def check_preset(preset: str, network: str) -> dict[str, Any]:
+    """The options of a preset; UserError if there is none of this name, or none for this network."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
+    if PRESETS[preset] and not TRAINERS.get(network, network).startswith("vmunet"):
+        raise UserError(f"--preset {preset}: is for vmunet, not {network}; use --set KEY=VALUE")
+    return PRESETS[preset]
+
+
+def check_fold(settings: FoldSettings, c: Configuration) -> None:
+    """UserError for a name or a number that no training of a fold could use."""
+    named = {"augmentation": FOLD_AUGMENTATIONS, "precision": PRECISIONS, "optimizer": OPTIMISERS}
+    for name, table in named.items():
+        if getattr(settings, name) not in table:
+            raise UserError(f"--{name} {getattr(settings, name)}: unknown; choose from {', '.join(table)}")
+    for name in ("epochs", "iterations", "val_iterations", "batch_size"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    for name in ("lr", "weight_decay", "seed"):
+        fits, wanted = _RANGES[name]
+        if not fits(getattr(settings, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected {wanted}")
+    if settings.patch and (len(settings.patch) != c.axes or min(settings.patch) < 1):
+        raise UserError(f"--patch {' '.join(map(str, settings.patch))}: {c.name} needs {c.axes} sides")
+    network_name(settings.trainer, c.axes)

@@ -2,20 +2,20 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from monai.metrics.confusion_matrix import get_confusion_matrix
-from monai.networks.utils import one_hot
 from tqdm import tqdm
 
 from vmamba.errors import UserError
 from vmamba.medical.cases import LABELS, list_images
-from vmamba.medical.labels import label_values, to_classes
+from vmamba.medical.labels import label_values, summary
+from vmamba.medical.labelset import LabelSet, classes
 from vmamba.medical.readers import check_pair, read_label
 from vmamba.medical.runs import write_json
+from vmamba.medical.safety import replacing
 
 CONVENTIONS = {
     "Dice": "2 TP / (2 TP + FP + FN), per case and class",
@@ -28,13 +28,34 @@ CONVENTIONS = {
 
 
 def evaluate(
-    truth: Path, predicted: Path, output: Path | None = None, *, overwrite: bool = False, progress: bool = True
+    truth: Path,
+    predicted: Path,
+    output: Path | None = None,
+    *,
+    labels: LabelSet | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> dict:
-    """Compares the masks of two folders by name; writes summary.json and the .csv beside it if ``output`` is given."""
+    """Compares the masks of two folders by name; writes summary.json and the .csv beside it if ``output`` is given.
+
+    ``labels`` are those of a dataset.json; without them the classes are the values found.
+    """
     table = output.with_suffix(".csv") if output else None
     for path in (output, table):
         if path and path.exists() and not overwrite:
             raise UserError(f"{path}: exists; give another name or --overwrite")
+    pairs = paired(truth, predicted)
+    labels, unit = (labels, 1) if labels else classes_of(pairs)
+    result = evaluate_pairs(pairs, labels, unit=unit, progress=progress)
+    if output and table:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, result)
+        write_csv(table, result)
+    return result
+
+
+def paired(truth: Path, predicted: Path) -> list[tuple[Path, Path]]:
+    """(truth, prediction) files of the same names in two folders; UserError if a mask has no prediction."""
     references, guesses = list_images(truth, LABELS), list_images(predicted, LABELS)
     if not references:
         raise UserError(f"{truth}: holds no masks; expected files ending in {', '.join(LABELS)}")
@@ -43,41 +64,44 @@ def evaluate(
             raise UserError(
                 f"{path}: has no prediction; expected {predicted / name}.* ({len(guesses)} other file(s) there)"
             )
-    pairs = [(path, guesses[name]) for name, path in references.items()]
-    values = _classes(references, guesses)
-    cases = [_case(t, p, values) for t, p in tqdm(pairs, desc="evaluate", unit="case", disable=not progress)]
-    summary = summarise(cases, len(values))
-    if output and table:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, summary)
-        _write_csv(table, cases)
-    return summary
+    return [(path, guesses[name]) for name, path in references.items()]
 
 
-def scores(truth: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, dict[str, float]]:
-    """``{class: {Dice, IoU, FN, FP, TN, TP, n_pred, n_ref}}`` of two arrays of classes; NaN where both are empty."""
-    one, two = (torch.from_numpy(a.reshape(len(a), 1, -1).astype(np.int64)) for a in (predicted, truth))
-    first, second = (one_hot(a, classes, dtype=torch.uint8) for a in (one, two))
-    counts = get_confusion_matrix(first, second).double().sum(0)  # (k, 4), by slice first: exact beyond 2**24 voxels
-    result = {}
-    for k in range(1, classes):
-        tp, fp, tn, fn = (int(v) for v in counts[k])
+def evaluate_pairs(
+    pairs: Sequence[tuple[Path, Path]], labels: LabelSet, *, unit: int = 1, progress: bool = True
+) -> dict[str, Any]:
+    """The summary of (truth, prediction) files, whose values are classes times ``unit``."""
+    bar = tqdm(pairs, desc="evaluate", unit="case", disable=not progress)
+    return summarise([_case(truth, predicted, labels, unit) for truth, predicted in bar])
+
+
+def scores(truth: np.ndarray, predicted: np.ndarray, labels: LabelSet) -> dict[str, dict[str, float]]:
+    """``{class or region: {Dice, IoU, FN, FP, TN, TP, n_pred, n_ref}}`` of label values; NaN where both are empty.
+
+    Voxels whose truth is the ignore label count in none.
+    """
+    valid = np.ones(truth.shape, bool) if labels.ignore is None else truth != labels.ignore
+    total, result = int(np.count_nonzero(valid)), {}
+    for key, values in zip(labels.keys, labels.targets, strict=True):
+        one, two = np.isin(truth, values) & valid, np.isin(predicted, values) & valid
+        n_ref, n_pred, tp = (int(np.count_nonzero(a)) for a in (one, two, one & two))
+        fp, fn = n_pred - tp, n_ref - tp
         union = tp + fp + fn
-        result[str(k)] = {
+        result[key] = {
             "Dice": 2 * tp / (union + tp) if union else math.nan,
             "IoU": tp / union if union else math.nan,
-            **{"FN": fn, "FP": fp, "TN": tn, "TP": tp, "n_pred": tp + fp, "n_ref": tp + fn},
+            **{"FN": fn, "FP": fp, "TN": total - union, "TP": tp, "n_pred": n_pred, "n_ref": n_ref},
         }
     return result
 
 
-def summarise(cases: list[dict[str, Any]], classes: int) -> dict[str, Any]:
+def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """nnU-Net's summary: foreground_mean, mean per class, metric_per_case; and the conventions in words."""
     mean = {}
-    for k in map(str, range(1, classes)):
-        rows = [case["metrics"][k] for case in cases]
-        mean[k] = {metric: _mean([row[metric] for row in rows]) for metric in rows[0]}
-    foreground = {metric: _mean([m[metric] for m in mean.values()]) for metric in mean["1"]}
+    for key, first in cases[0]["metrics"].items():
+        rows = [case["metrics"][key] for case in cases]
+        mean[key] = {metric: _mean([row[metric] for row in rows]) for metric in first}
+    foreground = {metric: _mean([m[metric] for m in mean.values()]) for metric in next(iter(mean.values()))}
     return {"conventions": CONVENTIONS, "foreground_mean": foreground, "mean": mean, "metric_per_case": cases}
 
 
@@ -86,25 +110,32 @@ def _mean(values: list[float]) -> float:
     return sum(present) / len(present) if present else math.nan
 
 
-def _classes(*folders: dict[str, Path]) -> list[int]:
-    found = {str(p): np.unique(read_label(p, 0)) for files in folders for p in files.values()}
+def classes_of(pairs: Sequence[tuple[Path, Path]]) -> tuple[LabelSet, int]:
+    """The classes found in the files, and their unit: 255 for masks of 0 and 255."""
+    found = {str(p): np.unique(read_label(p, 0)) for pair in pairs for p in pair}
     values = sorted({int(v) for unique in found.values() for v in unique})
-    if 255 in values and values != [0, 255]:
-        return label_values(found)
-    return [0, 255] if values[-1] == 255 else list(range(max(values[-1], 1) + 1))
+    if 255 in values and label_values(found) == [0, 255]:
+        return classes(1), 255
+    return classes(max(values[-1], 1)), 1
 
 
-def _case(truth: Path, predicted: Path, values: list[int]) -> dict[str, Any]:
+def _case(truth: Path, predicted: Path, labels: LabelSet, unit: int) -> dict[str, Any]:
     one, two = read_label(truth, 0), read_label(predicted, 0)
     check_pair(one[:, None], two, [truth], predicted)
-    metrics = scores(to_classes(one, values, str(truth)), to_classes(two, values, str(predicted)), len(values))
+    for path, label in ((truth, one), (predicted, two)):
+        strange = np.setdiff1d(label // unit, labels.values)
+        if strange.size:
+            raise UserError(f"{path}: label values {summary(strange)}; expected only {summary(labels.values)}")
+    metrics = scores(one // unit, two // unit, labels)
     return {"metrics": metrics, "prediction_file": str(predicted), "reference_file": str(truth)}
 
 
-def _write_csv(path: Path, cases: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+def write_csv(path: Path, summary: dict[str, Any]) -> None:
+    """A row a case and class, whole or not at all."""
+    cases = summary["metric_per_case"]
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["case", "class", *cases[0]["metrics"]["1"]])
+        writer.writerow(["case", "class", *next(iter(cases[0]["metrics"].values()))])
         for case in cases:
             for k, row in case["metrics"].items():
                 figures = ["" if isinstance(v, float) and math.isnan(v) else v for v in row.values()]
@@ -113,7 +144,10 @@ def _write_csv(path: Path, cases: list[dict[str, Any]]) -> None:
 
 def table(summary: dict[str, Any]) -> str:
     """The means as a few lines of text."""
-    lines = [f"{'class':<8}{'Dice':>8}{'IoU':>8}   ({len(summary['metric_per_case'])} case(s))"]
+    if "pooled" in summary:
+        return "\n".join(f"{name:<12}{value:>8.4f}" for name, value in summary["pooled"].items())
+    metrics = [name for name in ("Dice", "IoU", "HD95") if name in summary["foreground_mean"]]
+    lines = ["class   " + "".join(f"{m:>8}" for m in metrics) + f"   ({len(summary['metric_per_case'])} case(s))"]
     for name, row in [*summary["mean"].items(), ("mean", summary["foreground_mean"])]:
-        lines.append(f"{name:<8}{row['Dice']:>8.4f}{row['IoU']:>8.4f}")
+        lines.append(f"{name:<8}" + "".join(f"{row[m]:>8.4f}" for m in metrics))
     return "\n".join(lines)

@@ -35,7 +35,7 @@ class Predictor:
 
     def __init__(self, checkpoint: Path, device: str = "auto", batch_size: int = 8) -> None:
         self.spec, state = load_checkpoint(checkpoint)
-        self.device = _device(device)
+        self.device = choose_device(device)
         self.batch_size = batch_size
         self.network: nn.Module = build_network(self.spec)
         try:
@@ -104,7 +104,8 @@ def _one(predictor: Predictor, case: Case, target: Path, to: Output) -> None:
     write_mask(target, np.asarray(spec.values)[classes], case.images[0], spec.axis)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """A torch device by name; auto is the GPU if there is one. UserError if it cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)

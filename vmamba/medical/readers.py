@@ -50,7 +50,7 @@ def check_pair(image: np.ndarray, label: np.ndarray, images: Sequence[Path], lab
     if image.shape[::2] + image.shape[3:] != label.shape:
         raise UserError(f"{label_path}: size {_size(label[:, None])} differs from {images[0]}, {_size(image)}")
     if is_volume(images[0]) and is_volume(label_path):
-        a, b = (np.array(_load(p).header.get_zooms()[:3], float) for p in (images[0], label_path))
+        a, b = (np.array(load_header(p).header.get_zooms()[:3], float) for p in (images[0], label_path))
         if not np.allclose(a, b, rtol=1e-3):
             raise UserError(
                 f"{label_path}: spacing {_mm(b)} differs from {images[0]}, {_mm(a)}; resample one to the other"
@@ -63,7 +63,7 @@ def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         if is_volume(like):
-            source = _load(like)
+            source = load_header(like)
             full = restore(data, like, axis)
             header = source.header.copy()
             header.set_data_dtype(full.dtype)
@@ -79,7 +79,7 @@ def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
 
 def read_affine(path: Path) -> np.ndarray:
     """The 4 x 4 matrix from voxels to millimetres of a NIfTI file."""
-    return np.asarray(_load(path).affine)
+    return np.asarray(load_header(path).affine)
 
 
 def restore(stack: np.ndarray, like: Path, axis: int) -> np.ndarray:
@@ -88,11 +88,12 @@ def restore(stack: np.ndarray, like: Path, axis: int) -> np.ndarray:
         return stack[..., 0, :, :]
     lead = stack.ndim - 3
     full = np.moveaxis(stack, lead, lead + axis)
-    shape = _load(like).shape
+    shape = load_header(like).shape
     return full.reshape(*full.shape[:lead], *shape[:3]) if len(shape) < 3 else full
 
 
-def _load(path: Path) -> Any:
+def load_header(path: Path) -> Any:
+    """A NIfTI file opened, its voxels not yet read; UserError if it is none."""
     try:
         return NibabelReader().read(path)
     except Exception as error:
@@ -100,7 +101,7 @@ def _load(path: Path) -> Any:
 
 
 def _read_volume(path: Path) -> np.ndarray:
-    image = _load(path)
+    image = load_header(path)
     if not isinstance(image, nibabel.Nifti1Image):
         raise UserError(f"{path}: read as {type(image).__name__}; expected NIfTI")
     try:
@@ -123,6 +124,8 @@ def _read_picture(path: Path, colour: bool) -> np.ndarray:
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             raise UserError(f"{path}: holds {frames} pages; expected one (a stack can come as NIfTI)")
+        if image.mode in ("RGBA", "LA", "PA") and image.getchannel("A").getextrema()[0] < 255:
+            raise UserError(f"{path}: has transparent pixels ({image.mode}); save it without transparency")
         return image.convert(_AS_RGB[image.mode]) if image.mode in _AS_RGB and (colour or image.mode != "P") else image
 
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vmamba.errors import UserError
+from vmamba.medical.safety import replacing
 from vmamba.medical.spec import FORMAT, Settings, Spec
 
 FILES = ("config.json", "metrics.csv", "curves.png", "best.ckpt", "last.ckpt", "summary.json")
@@ -15,9 +16,8 @@ FILES = ("config.json", "metrics.csv", "curves.png", "best.ckpt", "last.ckpt", "
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Writes ``data`` whole or not at all; NaN becomes null."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(_nulls(data), indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(_nulls(data), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

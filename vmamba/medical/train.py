@@ -54,7 +54,8 @@ def train(
     """
     hardware = hardware or Hardware()
     with quiet():
-        trainer = build_trainer(run, settings, hardware, callbacks or [])
+        watching = _callbacks(run, settings, hardware, callbacks or [])
+        trainer = build_trainer(hardware, watching, run, max_epochs=settings.epochs, precision=settings.precision)
         first = trainer.global_rank == 0
         if first and not resume:
             check_run(run, overwrite)
@@ -70,47 +71,45 @@ def train(
                 for block in ("val", "test"):
                     mri.export_block(run / block, "mni152", prepared.split[block])
         start = time.perf_counter()
-        _fit(trainer, module, prepared, settings, hardware, run / "last.ckpt" if resume else None)
+        data = SliceData(prepared.train, prepared.val, settings.batch_size, hardware.workers)
+        fit(trainer, module, data, run / "last.ckpt" if resume else None)
         return _finish(run, trainer, module, time.perf_counter() - start) if trainer.global_rank == 0 else {}
 
 
-def build_trainer(run: Path, settings: Settings, hardware: Hardware, extra: list[Callback]) -> pl.Trainer:
-    """Lightning's trainer with checkpoints best and last, the metrics file and the progress bar."""
+def _callbacks(run: Path, settings: Settings, hardware: Hardware, extra: list[Callback]) -> list[Callback]:
+    """Checkpoints best and last, the metrics file, the progress bar and the clock."""
     callbacks = [MetricsFile(run / "metrics.csv"), *extra, Keep(run, "best", "val_dice"), Keep(run, "last", None)]
     if hardware.progress:
         callbacks.append(Bar())
     if settings.max_minutes:
         callbacks.append(Budget(60 * settings.max_minutes))
+    return callbacks
+
+
+def build_trainer(hardware: Hardware, callbacks: list[Callback], root: Path, **options: Any) -> pl.Trainer:
+    """Lightning's trainer on ``hardware``; ``options`` are its own. UserError for hardware that is not there."""
     try:
         return pl.Trainer(
             accelerator=hardware.accelerator,
             devices=int(hardware.devices) if hardware.devices.lstrip("-").isdigit() else hardware.devices,
             strategy=hardware.strategy,
-            precision=settings.precision,  # pyright: ignore[reportArgumentType]
-            max_epochs=settings.epochs,
             callbacks=callbacks,
             enable_progress_bar=hardware.progress,
             logger=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            default_root_dir=run,
+            default_root_dir=root,
+            **options,
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         asked = f"--accelerator {hardware.accelerator} --devices {hardware.devices} --strategy {hardware.strategy}"
-        raise UserError(f"{asked} --precision {settings.precision}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{asked} --precision {options['precision']}: {' '.join(str(error).split())}") from error
 
 
-def _fit(
-    trainer: pl.Trainer,
-    module: Segmenter,
-    prepared: Prepared,
-    settings: Settings,
-    hardware: Hardware,
-    last: Path | None,
-) -> None:
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, last: Path | None) -> None:
+    """Trains, from the checkpoint ``last`` if there is one; Interrupted after Ctrl-C."""
     handler = signal.getsignal(signal.SIGINT)
-    data = SliceData(prepared.train, prepared.val, settings.batch_size, hardware.workers)
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
     except SystemExit as stop:

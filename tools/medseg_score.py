@@ -1,0 +1,68 @@
+"""vmamba medseg evaluate | plot: figures and pictures of predictions."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vmamba.errors import UserError
+from vmamba.tools.medseg import command
+
+EVALUATE = """examples:
+  vmamba medseg evaluate DIR/labels predictions -o summary.json
+  vmamba medseg evaluate labelsTs predicted -djfile dataset.json -o predicted/summary.json"""
+PLOT = "example:\n  vmamba medseg plot -i imagesTs -p predicted -r labelsTs -o pictures"
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the two commands."""
+    parser = command(commands, "evaluate", "score predicted masks by case and class", EVALUATE, run_evaluate)
+    parser.add_argument("truth", type=Path, metavar="GT_DIR", help="folder of true masks")
+    parser.add_argument("predicted", type=Path, metavar="PRED_DIR", help="folder of predicted masks of the same names")
+    parser.add_argument("-o", "--output", type=Path, metavar="summary.json", help="also written as .csv beside it")
+    parser.add_argument("-djfile", type=Path, metavar="dataset.json", help="labels, regions and the ignore label")
+    parser.add_argument(
+        "--convention", default="nnunet", help="nnunet (default), or the papers': isic, synapse, acdc; never mix them"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing summary")
+
+    plot = command(commands, "plot", "draw predictions and true masks over the images", PLOT, run_plot)
+    plot.add_argument("-i", "--input", type=Path, required=True, help="folder of images")
+    plot.add_argument("-p", "--predicted", type=Path, required=True, nargs="+", help="folders of predicted masks")
+    plot.add_argument("-r", "--reference", type=Path, help="folder of true masks")
+    plot.add_argument("-djfile", type=Path, metavar="dataset.json", help="names of the classes")
+    plot.add_argument("-o", "--output", type=Path, required=True, help="folder for NAME.png")
+    plot.add_argument("--limit", type=int, help="draw so many cases only")
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """vmamba medseg evaluate"""
+    from vmamba.medical.conventions import evaluate_by
+    from vmamba.medical.evaluate import evaluate, table
+    from vmamba.medical.labelset import label_set
+    from vmamba.medical.raw import read_dataset_json
+
+    labels = label_set(read_dataset_json(args.djfile), str(args.djfile)) if args.djfile else None
+    progress = not args.no_progress
+    options = {"labels": labels, "overwrite": args.overwrite, "progress": progress}
+    score = evaluate if args.convention == "nnunet" else partial(evaluate_by, args.convention)
+    print(table(score(args.truth, args.predicted, args.output, **options)))
+    return 0
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    """vmamba medseg plot"""
+    from vmamba.medical.labelset import label_set
+    from vmamba.medical.overlays import draw_folder
+    from vmamba.medical.raw import read_dataset_json
+
+    names = ()
+    if args.djfile:
+        names = ("background", *label_set(read_dataset_json(args.djfile), str(args.djfile)).names)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: expected at least 1")
+    masks = {"truth": args.reference} if args.reference else {}
+    masks |= {folder.name: folder for folder in args.predicted}
+    written = draw_folder(args.input, masks, args.output, names, limit=args.limit)
+    print(f"{args.output}: {len(written)} picture(s)")
+    return 0

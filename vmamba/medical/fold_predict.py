@@ -1,0 +1,71 @@
+"""Prediction with the folds of a model folder: cases in nnU-Net's names in, label maps of the same geometry out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vmamba.errors import UserError
+from vmamba.medical.export import file_probabilities, save_case
+from vmamba.medical.model_folder import ModelFolder, Trained, load_model, write_plain
+from vmamba.medical.preprocess import preprocess_case
+from vmamba.medical.raw import channel_files
+from vmamba.medical.safety import only_writer
+from vmamba.medical.volume import read_volume
+from vmamba.medical.window import Window, volume_logits
+
+
+@dataclass
+class Wish:
+    """What is written, and which share of the cases: those whose number modulo ``parts`` is ``part``."""
+
+    probabilities: bool = False
+    overwrite: bool = False
+    parts: int = 1
+    part: int = 0
+    progress: bool = True
+
+
+def load_folds(
+    model: ModelFolder, folds: Sequence[str], checkpoint: str, device: torch.device, trust: bool
+) -> list[Trained]:
+    """The networks of the folds, by default of all that were trained; UserError if one is missing."""
+    chosen = list(folds) or model.folds()
+    if not chosen:
+        raise UserError(f"{model.folder}: no fold has been trained; run vmamba medseg train")
+    trained = [load_model(model, model.checkpoint(fold, checkpoint), trust=trust) for fold in chosen]
+    for one in trained:
+        one.network.to(device)
+    return trained
+
+
+def predict_folder(
+    source: Path, output: Path, model: ModelFolder, trained: Sequence[Trained], window: Window, wish: Wish
+) -> list[Path]:
+    """Predicts NAME_0000.ext ... of ``source`` into ``output``/NAME.ext; existing masks stay unless ``overwrite``."""
+    if not 0 <= wish.part < wish.parts:
+        raise UserError(
+            f"-part_id {wish.part} of -num_parts {wish.parts}: expected a number from 0 to {wish.parts - 1}"
+        )
+    groups = sorted(channel_files(source, model.channels, model.ending).items())[wish.part :: wish.parts]
+    if not groups:
+        raise UserError(f"{source}: no case; expected NAME_0000{model.ending}")
+    if source.resolve() == output.resolve():
+        raise UserError(f"{output}: is the folder of the images; give another output folder")
+    targets = [output / f"{name}{model.ending}" for name, _ in groups]
+    lock = output if wish.parts == 1 else output / f"part_{wish.part}"
+    with only_writer(lock):
+        for name, data in (("plans.json", model.plans), ("dataset.json", model.dataset)):
+            write_plain(output / name, data)
+        todo = [(files, t) for (_, files), t in zip(groups, targets, strict=True) if wish.overwrite or not t.exists()]
+        if len(todo) < len(groups):
+            print(f"{output}: {len(groups) - len(todo)} of {len(groups)} already predicted, kept")
+        for files, target in tqdm(todo, desc="predict", unit="case", disable=not wish.progress):
+            image = read_volume(files, model.channels)
+            data, _, crop = preprocess_case(image, None, model.plans, model.configuration)
+            logits = volume_logits(trained, torch.from_numpy(data), window)
+            maps = file_probabilities(logits, crop, model.labels, model.plans, model.configuration)
+            save_case(target, maps, model.labels, files[0], keep=wish.probabilities)
+    return targets

@@ -1,0 +1,115 @@
+"""Post-processing by nnU-Net's rule: keep the largest component, of all foreground and of a class, where it helps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import label as components
+from tqdm import tqdm
+
+from vmamba.errors import UserError
+from vmamba.medical.cases import LABELS, list_images
+from vmamba.medical.evaluate import scores, summarise
+from vmamba.medical.labelset import LabelSet, classes, label_set
+from vmamba.medical.model_folder import write_plain
+from vmamba.medical.raw import read_dataset_json
+from vmamba.medical.readers import read_label, write_mask
+from vmamba.medical.safety import only_writer
+
+AXIS = 2
+FILE = "postprocessing.json"
+
+
+def keep_largest(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """``label`` where the voxels of ``values`` outside of their largest component (diagonals touch) are background."""
+    numbers, count = components(np.isin(label, values), np.ones((3,) * label.ndim))  # pyright: ignore
+    if count < 2:
+        return label
+    largest = 1 + int(np.argmax(np.bincount(numbers.ravel())[1:]))
+    return np.where((numbers > 0) & (numbers != largest), 0, label)
+
+
+def decide(pairs: Sequence[tuple[Path, Path]], labels: LabelSet, progress: bool = True) -> dict[str, Any]:
+    """Which targets to reduce to their largest component, from (truth, prediction) files of the cross-validation.
+
+    All foreground if that raises the mean Dice and lowers that of no target; then each target whose Dice rises.
+    Returns ``steps``, lists of label values, and the mean Dice before and after.
+    """
+    predicted = {two: read_label(two, AXIS) for _, two in pairs}
+    truths = [read_label(one, AXIS) for one, _ in pairs]
+
+    def dice(step: Sequence[int]) -> tuple[list[np.ndarray], dict[str, Any]]:
+        maps = [keep_largest(label, step) if step else label for label in predicted.values()]
+        cases = [{"metrics": scores(t, p, labels)} for t, p in zip(truths, maps, strict=True)]
+        return maps, summarise(cases)
+
+    _, start = dice(())
+    now, steps = start, []
+    candidates = [tuple(sorted({v for t in labels.targets for v in t})), *labels.targets]
+    for number, values in enumerate(tqdm(candidates, desc="postprocess", unit="rule", disable=not progress)):
+        if values in steps:
+            continue
+        maps, then = dice(values)
+        if (_helps_all if number == 0 else _helps(labels.keys[number - 1]))(now, then):
+            predicted, now = dict(zip(predicted, maps, strict=True)), then
+            steps.append(values)
+    figures = {key: {k: m["Dice"] for k, m in s["mean"].items()} for key, s in (("before", start), ("after", now))}
+    return {
+        "steps": [list(step) for step in steps],
+        "Dice": figures,
+        "rule": "keep the largest component of these labels",
+    }
+
+
+def decide_folders(truth: Path, predicted: Path, progress: bool = True) -> dict[str, Any]:
+    """:func:`decide` for the masks of two folders; labels by ``predicted``/dataset.json if there is one."""
+    references, guesses = list_images(truth, LABELS), list_images(predicted, LABELS)
+    pairs = [(references[name], path) for name, path in guesses.items() if name in references]
+    if not pairs:
+        raise UserError(f"{truth}: no mask of the same name as one of {predicted}")
+    source = predicted / "dataset.json"
+    if source.exists():
+        labels = label_set(read_dataset_json(source), str(source))
+    else:
+        labels = classes(max(int(read_label(path, AXIS).max()) for pair in pairs for path in pair) or 1)
+    return decide(pairs, labels, progress)
+
+
+def _helps_all(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    rises = after["foreground_mean"]["Dice"] > before["foreground_mean"]["Dice"]
+    return rises and not any(after["mean"][k]["Dice"] < m["Dice"] for k, m in before["mean"].items())
+
+
+def _helps(key: str) -> Any:
+    return lambda before, after: after["mean"][key]["Dice"] > before["mean"][key]["Dice"]
+
+
+def read_steps(path: Path) -> list[list[int]]:
+    """The steps of a postprocessing.json; UserError if it is none."""
+    steps = read_dataset_json(path).get("steps")
+    if not isinstance(steps, list) or not all(
+        isinstance(s, list) and all(isinstance(v, int) for v in s) for s in steps
+    ):
+        raise UserError(f"{path}: holds no steps; expected the file that vmamba medseg postprocess wrote")
+    return steps
+
+
+def apply(folder: Path, output: Path, steps: Sequence[Sequence[int]], *, overwrite: bool, progress: bool) -> list[Path]:
+    """Every mask of ``folder`` through the steps into ``output``."""
+    masks = list_images(folder, LABELS)
+    if not masks:
+        raise UserError(f"{folder}: holds no predictions")
+    if folder.resolve() == output.resolve():
+        raise UserError(f"{output}: is the folder of the predictions; give another output folder")
+    with only_writer(output):
+        write_plain(output / FILE, {"steps": [list(step) for step in steps]})
+        for path in tqdm(masks.values(), desc="postprocess", unit="case", disable=not progress):
+            if overwrite or not (output / path.name).exists():
+                label = read_label(path, AXIS)
+                for step in steps:
+                    label = keep_largest(label, step)
+                write_mask(output / path.name, label, path, AXIS)
+        if (folder / "dataset.json").exists():
+            write_plain(output / "dataset.json", read_dataset_json(folder / "dataset.json"))
+    return [output / path.name for path in masks.values()]
