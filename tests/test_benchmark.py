@@ -61,6 +61,19 @@ def test_bytes_moved_backwards():
     assert both > 2 * forward
 
 
+def test_an_operator_that_differentiates_inside_counts_as_one():
+    x, weight = torch.randn(2, 4, 9, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    found = []
+
+    def step():
+        found.append(torch.autograd.grad(causal_conv1d(x, weight), [x, weight], torch.ones(2, 4, 9)))
+
+    maps, weights = 4 * x.numel(), 4 * weight.numel()
+    assert memory.moved(step) == (2 * maps + weights) + (3 * maps + 2 * weights) + maps  # forward, backward, ones
+    for plain, counted in zip(*found, strict=True):
+        assert torch.equal(plain, counted)
+
+
 def test_bytes_moved_by_compiled_code(monkeypatch):
     from torch._inductor import async_compile, cpu_vec_isa
 
