@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+COMMON = Path(__file__).with_name("scan_common.cu")
 SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -63,11 +64,16 @@ def kernel(source: Path, name: str, defines: tuple[str, ...], device: int, share
     return Kernel(function, shared)
 
 
+def text_of(source: Path) -> str:
+    """What is compiled of a source file: what all share, and itself."""
+    return COMMON.read_text() + source.read_text()
+
+
 @cache
 def _module(source: Path, defines: tuple[str, ...], device: int) -> c_void_p:
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{define}" for define in defines)]
-    text = source.read_text()
+    text = text_of(source)
     cubin = _cached(text, options)
     module = c_void_p()
     with torch.cuda.device(device):

@@ -11,43 +11,12 @@
 
 typedef unsigned short u16;
 constexpr int WARPS = 8, STEPS = 8, TILE = WARPS * STEPS, KS = (R + 7) / 8, WIDTH = R + 2 * N;
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned ALL = 0xffffffffu;
-
-__device__ __forceinline__ float real(u16 v) {
-#ifdef T_BF16
-    return __uint_as_float(unsigned(v) << 16);
-#else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-#endif
-}
-
-__device__ __forceinline__ float power2(float v) {
-    float f;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(f) : "f"(v));
-    return f;
-}
 
 __device__ __forceinline__ unsigned tf32(float v) {
     unsigned f;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(f) : "f"(v));
     return f;
-}
-
-// softplus(raw); log(1 + s) / s on [0, 1] is a Chebyshev fit, 2e-7 relative, also near 0
-__device__ __forceinline__ float softplus(float raw) {
-    float s = power2(-LOG2E * fabsf(raw));
-    float f = s * 0.0051058256067335606f - 0.028991956263780594f;
-    f = f * s + 0.07738073915243149f;
-    f = f * s - 0.13590599596500397f;
-    f = f * s + 0.1907130926847458f;
-    f = f * s - 0.2483394593000412f;
-    f = f * s + 0.3331793546676636f;
-    f = f * s - 0.4999943673610687f;
-    f = f * s + 0.9999999403953552f;
-    return fmaxf(raw, 0.f) + f * s;
 }
 
 // The derivative of softplus where softplus is `step`: 1 - exp(-step)

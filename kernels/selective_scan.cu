@@ -8,45 +8,8 @@
 //
 // Compile-time: T_BF16, T_FP16 or T_FP32 (u, delta, B, C and z), N states, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS.
 
-#ifdef T_FP32
-typedef float real_t;
-__device__ __forceinline__ float real(float v) { return v; }
-#else
-typedef unsigned short real_t;
-__device__ __forceinline__ float real(unsigned short v) {
-#ifdef T_BF16
-    return __uint_as_float(unsigned(v) << 16);
-#else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-#endif
-}
-#endif
-
 constexpr int STEPS = 8, THREADS = 128, CHUNK = 64, VALUES = STEPS * N, MINE = (VALUES + THREADS - 1) / THREADS;
 constexpr int WIDE = N % 4 == 0 ? 4 : 1;  // states that are read from shared memory at once
-constexpr float LOG2E = 1.4426950408889634f;
-
-__device__ __forceinline__ float power2(float v) {
-    float f;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(f) : "f"(v));
-    return f;
-}
-
-// softplus(raw), raw itself above 20; log(1 + s) / s on [0, 1] is a Chebyshev fit, 2e-7 relative, also near 0
-__device__ __forceinline__ float softplus(float raw) {
-    float s = power2(-LOG2E * fabsf(raw));
-    float f = s * 0.0051058256067335606f - 0.028991956263780594f;
-    f = f * s + 0.07738073915243149f;
-    f = f * s - 0.13590599596500397f;
-    f = f * s + 0.1907130926847458f;
-    f = f * s - 0.2483394593000412f;
-    f = f * s + 0.3331793546676636f;
-    f = f * s - 0.4999943673610687f;
-    f = f * s + 0.9999999403953552f;
-    return fmaxf(raw, 0.f) + f * s;
-}
 
 // WIDE floats from shared memory
 __device__ __forceinline__ void read(float (&to)[WIDE], const float* from) {

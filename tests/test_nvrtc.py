@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came w
 )
 def test_scan2d_compiles(architecture, settings):
     flags = [f"-D{define}" for define in scan2d_cuda.defines(*settings)]
-    text = scan2d_cuda.SOURCE.read_text()
+    text = nvrtc.text_of(scan2d_cuda.SOURCE)
     cubin = nvrtc.compile(text, [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *flags])
     assert cubin.startswith(b"\x7fELF") and b"backward" in cubin and b"forward" in cubin
 
@@ -26,7 +26,7 @@ def test_scan2d_compiles(architecture, settings):
 @pytest.mark.parametrize("flags", ["T_BF16 N=16", "T_FP32 N=5", "T_FP16 N=32"])
 def test_selective_scan_compiles(flags):
     defines = [f"-D{define}" for define in (flags + " HAS_D=1 HAS_Z=1 HAS_BIAS=1 SOFTPLUS=1").split()]
-    text = selective_scan_cuda.SOURCE.read_text()
+    text = nvrtc.text_of(selective_scan_cuda.SOURCE)
     cubin = nvrtc.compile(text, ["--gpu-architecture=sm_90", "--std=c++17", *defines])
     assert b"ends" in cubin and b"forward" in cubin
 
