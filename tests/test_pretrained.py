@@ -8,6 +8,7 @@ import timm
 import torch
 
 import vmamba
+from tests import goldens
 from tests.official_vmamba import official, single_file
 from tests.timm_zoo import KINDS, NAMES, image, shrunk, small
 from vmamba.checkpoint import convert
@@ -42,6 +43,18 @@ def test_pretrained(mirror, name, layout, tmp_path):
         assert torch.equal(loaded(image()), model(image()))
     assert (tmp_path / "home/hub/checkpoints" / f"{name}.pth").is_file()
     assert torch.equal(vmamba.create_model(name, pretrained=True, **options).eval()(image()), model(image()))
+
+
+@pytest.mark.parametrize("name", ["vcmamba_s", "msvmamba_v3_tiny"])
+def test_another_family(name, tmp_path, monkeypatch):
+    """From the original's names and nesting, at full size, as the golden file has them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    file, golden = tmp_path / "published.pth", goldens.load(name)
+    torch.save({"model": {key: value.float() for key, value in goldens.fill_state(golden).items()}}, file)
+    model = timm.create_model(name).eval()
+    vmamba.load_checkpoint(model, file)
+    loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"url": file.as_uri()}).eval()
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("num_classes", [0, 5])

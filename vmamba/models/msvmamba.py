@@ -20,7 +20,7 @@ from vmamba.block import Conv2d, ConvDownsample, ConvStem, PatchMerging, PatchSt
 from vmamba.mixers.ms2d import COARSE, FINE, MS2D
 from vmamba.models import vmamba
 from vmamba.norm import LayerNorm
-from vmamba.registry import register
+from vmamba.registry import Weights, register
 
 
 class ConvFFN(nn.Module):
@@ -171,10 +171,18 @@ BLOCK_KEYS = [
 ]
 KEYS = [*BLOCK_KEYS, *vmamba.KEYS]
 
+_HUB = "https://huggingface.co/YuhengSSS/MSVMamba/resolve/main/"
+WEIGHTS = {
+    "msvmamba_v3_tiny": Weights(_HUB + "msvmambav3_tiny_224.pth", top1=83.0),
+    "msvmamba_v3_small": Weights(_HUB + "msvmambav3_small_224.pth", top1=84.1),
+    "msvmamba_v3_base": Weights(_HUB + "msvmambav3_base_224.pth", top1=84.4),
+}
+
 register(
     MSVMamba,
     VARIANTS,
     keys=KEYS,
+    weights=WEIGHTS,
     paper="2405.14174",
     origin="https://github.com/YuHengsss/MSVMamba",
     license="none stated",

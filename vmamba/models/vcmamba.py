@@ -20,7 +20,7 @@ from vmamba.backbone import Backbone, Stage
 from vmamba.block import ChannelsFirst, Conv2d, channels_first, channels_last, drop_path_rates
 from vmamba.distilled import DistilledHead
 from vmamba.mixers.plainmamba import PlainMamba
-from vmamba.registry import register
+from vmamba.registry import Weights, register
 
 
 class Stem(nn.Module):
@@ -207,10 +207,18 @@ KEYS = [
     (r"^dist_head\.", "head.fc_dist."),
 ]
 
+_HUB = "https://huggingface.co/SLDGroup/VCMamba/resolve/main/"
+WEIGHTS = {
+    "vcmamba_s": Weights(_HUB + "VCMamba-S.pth", top1=78.7),
+    "vcmamba_m": Weights(_HUB + "VCMamba-M.pth", top1=81.5),
+    "vcmamba_b": Weights(_HUB + "VCMamba-B.pth", top1=82.6),
+}
+
 register(
     VCMamba,
     VARIANTS,
     keys=KEYS,
+    weights=WEIGHTS,
     paper="2509.04669",
     origin="https://github.com/Wertyuui345/VCMamba",
     license="none stated",
