@@ -5,6 +5,7 @@ An operator ``op`` has one module per backend, ``vmamba.kernels.<op>_<backend>``
 
 Precedence: the ``backend=`` argument, ``with use_backend(...)``, the environment variable ``VMAMBA_BACKEND``,
 automatic. An explicit choice never falls back: it raises with the reason and with what would work.
+``use_backend`` and the environment concern the operators that have such a backend; others choose by themselves.
 """
 
 import os
@@ -31,6 +32,8 @@ _forced: list[str] = []
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the ``with`` block on one backend: ``cuda``, ``triton``, ``cpu`` or ``reference``.
 
+    An operator that is not implemented for it at all chooses by itself.
+
     Raises:
         ValueError: ``name`` is not a backend.
     """
@@ -43,7 +46,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType:
     """The module that runs ``operator`` on ``tensors``; ``requested`` is the caller's choice or an empty string."""
-    explicit = requested or (_forced[-1] if _forced else os.environ.get("VMAMBA_BACKEND", ""))
+    explicit = requested or _asked_for(operator)
     present = [t for t in tensors if t is not None]
     if not explicit:
         return next(
@@ -54,6 +57,12 @@ def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType
         return _module(operator, explicit)
     working = [name for name in available(operator) if why_not(operator, name, *present) is None]
     raise RuntimeError(f"{operator}: backend {explicit!r} cannot run here: {reason}; these can: {', '.join(working)}")
+
+
+def _asked_for(operator: str) -> str:
+    """What ``use_backend`` or the environment ask for, where ``operator`` has such a backend."""
+    name = _forced[-1] if _forced else os.environ.get("VMAMBA_BACKEND", "")
+    return name if name and _known(name) in available(operator) else ""
 
 
 def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:

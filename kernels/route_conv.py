@@ -5,14 +5,11 @@
 Steps before a route's first are zeros, as are padded ones.
 """
 
-from typing import cast
-
-import torch
 from torch import Tensor
 
+from vmamba.kernels import route_conv_reference
 from vmamba.kernels.backends import choose, plain
-from vmamba.kernels.causal_conv1d import causal_conv1d
-from vmamba.kernels.routes import Table, gather
+from vmamba.kernels.routes import Table
 
 
 def route_conv(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
@@ -35,10 +32,4 @@ def route_conv(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
         raise ValueError(f"weight and bias must be {(k, d, 'w')} and {(k, d)} for these routes and x, got {got}")
     if plain(x, weight, bias):
         return choose("route_conv", "", x).forward(x, weight, bias, table)
-    return filtered(x, weight, bias, table)
-
-
-def filtered(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
-    """The same step by step, with gradients: gather, then a causal convolution of each route."""
-    routes = zip(gather(x, table).unbind(1), weight, bias, strict=True)
-    return torch.stack([cast(Tensor, causal_conv1d(u.mT, w, b, activation="silu")).mT for u, w, b in routes], 1)
+    return route_conv_reference.forward(x, weight, bias, table)  # has gradients

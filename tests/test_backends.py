@@ -6,7 +6,10 @@ import torch
 import vmamba
 from vmamba.kernels import backends
 from vmamba.kernels.causal_conv1d import causal_conv1d
+from vmamba.kernels.route_conv import route_conv
+from vmamba.kernels.routes import gather
 from vmamba.kernels.selective_scan import selective_scan
+from vmamba.scans import Scan
 
 
 def scan(**options):
@@ -78,3 +81,13 @@ def test_wrong_shapes_are_named(change, message):
     shapes = {"u": (1, 2, 5), "delta": (1, 2, 5), "A": (2, 3), "B": (1, 3, 5), "C": (1, 3, 5)} | change
     with pytest.raises(ValueError, match=message):
         selective_scan(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference", "cuda"])
+def test_an_operator_without_the_backend_asked_for_chooses_by_itself(name):
+    x, table = torch.randn(1, 6, 4), Scan("bidirectional").table(2, 3)
+    weight, bias = torch.randn(2, 4, 3), torch.randn(2, 4)
+    with vmamba.use_backend(name):
+        assert torch.equal(gather(x, table), x[:, table.routes])
+        if name != "cuda":
+            assert route_conv(x, weight, bias, table).shape == (1, 2, 6, 4)

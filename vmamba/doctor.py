@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from vmamba.kernels.backends import ORDER, operators, why_not
+from vmamba.kernels.backends import ORDER, available, operators, why_not
 from vmamba.openmmlab import BUILD, REGISTRY, SUPPORTED, Toolbox, toolboxes
 
 PACKAGES = {
@@ -84,6 +84,8 @@ def _choice(operator: str, sample: Tensor) -> Choice:
     asked = os.environ.get("VMAMBA_BACKEND", "")
     if asked and asked not in ORDER:
         reasons[asked] = f"VMAMBA_BACKEND asks for it, but there are only {', '.join(ORDER)}"
+    elif asked not in available(operator):
+        asked = ""  # an operator without it chooses by itself
     able = [name for name, reason in reasons.items() if reason is None and asked in ("", name)]
     taken = able[0] if able else "none"
     rest = f"it could, but {f'VMAMBA_BACKEND asks for {asked}' if asked else f'{taken} is preferred'}"

@@ -38,14 +38,10 @@ class RouteConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def along(self, x: Tensor, route: int) -> Tensor:
-        """(b, l, d) -> (b, l, d), with the weights of ``route``."""
-        y = causal_conv1d(x.mT, self.weight[route, :, 0], self.bias[route], activation="silu")
-        return cast(Tensor, y).mT
-
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in image order, with the weights of the first route."""
-        return self.along(x.flatten(1, 2), 0).unflatten(1, x.shape[1:3])
+        y = causal_conv1d(x.flatten(1, 2).mT, self.weight[0, :, 0], self.bias[0], activation="silu")
+        return cast(Tensor, y).mT.unflatten(1, x.shape[1:3])
 
 
 @register_notrace_module
