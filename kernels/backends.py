@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -23,7 +24,6 @@ from torch.nn import Parameter
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
-PLAIN = ("cpu", "cuda")
 
 _forced: list[str] = []
 
@@ -49,9 +49,9 @@ def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType
     explicit = requested or _asked_for(operator)
     present = [t for t in tensors if t is not None]
     if not explicit:
-        return next(
-            _module(operator, name) for name in available(operator) if why_not(operator, name, *present) is None
-        )
+        for name in available(operator):
+            if why_not(operator, name, *present) is None:
+                return _module(operator, name)
     reason = why_not(operator, _known(explicit), *present)
     if reason is None:
         return _module(operator, explicit)
@@ -69,14 +69,18 @@ def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:
     """Why backend ``name`` cannot run ``operator`` on ``tensors``; None where it can."""
     if name not in available(operator):
         return f"{operator} has no {name!r} implementation (it has {', '.join(available(operator))})"
-    device = tensors[0].device.type
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device not in DEVICES.get(name, (device,)) and not interpreted:
-        return f"it needs tensors on {' or '.join(DEVICES[name])}, these are on {device}"
+    device, devices = tensors[0].device.type, DEVICES.get(name)
+    if devices and device not in devices and not _interpreted(name):
+        return f"it needs tensors on {' or '.join(devices)}, these are on {device}"
     try:
         return _module(operator, name).why_not(*tensors)
     except ImportError as error:
         return f"{error.name or error} is not installed"
+
+
+def _interpreted(name: str) -> bool:
+    """Whether Triton's interpreter runs this backend, which takes every device."""
+    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def eager(*tensors: Tensor) -> bool:
@@ -88,7 +92,7 @@ def eager(*tensors: Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return False
-    return all(type(t) in (Tensor, Parameter) and t.device.type in PLAIN for t in tensors)
+    return all(type(t) in (Tensor, Parameter) and (t.is_cuda or t.is_cpu) for t in tensors)
 
 
 def plain(*tensors: Tensor) -> bool:
@@ -98,8 +102,8 @@ def plain(*tensors: Tensor) -> bool:
 
 def other_types(tensors: Iterable[Tensor], types: Sequence[torch.dtype]) -> str | None:
     """Why a backend that takes ``types`` cannot take these tensors; None where it can."""
-    odd = sorted({str(t.dtype) for t in tensors if t.dtype not in types})
-    return f"it takes {', '.join(map(str, types))}, got {', '.join(odd)}" if odd else None
+    odd = {t.dtype for t in tensors}.difference(types)
+    return f"it takes {', '.join(map(str, types))}, got {', '.join(sorted(map(str, odd)))}" if odd else None
 
 
 @cache
@@ -110,9 +114,12 @@ def available(operator: str) -> tuple[str, ...]:
 
 def operators() -> list[str]:
     """Names of the operators that have backends."""
-    return ["causal_conv1d", "layer_norm", "route_conv", "routes", "scan2d", "selective_scan"]
+    files = Path(__file__).parent.glob("*_reference.py")
+    names = (file.name.removesuffix("_reference.py") for file in files)
+    return sorted(name for name in names if len(available(name)) > 1)
 
 
+@cache
 def _module(operator: str, name: str) -> ModuleType:
     return import_module(f"{__package__}.{operator}_{name}")
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from vmamba.kernels.backends import choose
 from vmamba.kernels.causal_conv1d_reference import reference
+from vmamba.kernels.operator import operator
 
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
 
@@ -95,7 +96,7 @@ def causal_conv1d_update(
     return y[..., 0] if single else y
 
 
-@torch.library.custom_op("vmamba::causal_conv1d", mutates_args=())
+@operator("causal_conv1d")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, backend: str
 ) -> Tensor:
@@ -103,7 +104,7 @@ def _forward(
     return _like(x, choose("causal_conv1d", backend, *tensors).forward(*tensors, silu))
 
 
-@torch.library.custom_op("vmamba::causal_conv1d_backward", mutates_args=())
+@operator("causal_conv1d_backward")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, backend: str
 ) -> list[Tensor]:

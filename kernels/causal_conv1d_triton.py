@@ -39,9 +39,9 @@ def _filter(
     W: tl.constexpr, MODE: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """y[t] = f(bias + sum_j weight[j] x[t + j - shift]); f is nothing, SiLU, or dy times SiLU's slope."""
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)[:, None]
-    t = tl.program_id(2).to(tl.int64) * BL + tl.arange(0, BL)[None, :]
+    t = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)[None, :]
     real: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     out = tl.zeros((BD, BL), real)
     if bias is not None:
@@ -65,11 +65,11 @@ def _sum(
     W: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over a block of steps: of g x[t + j - (W - 1)] in row j of sums (parts, W + 1, d), of g in row W."""
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)[:, None]
-    t = tl.program_id(2).to(tl.int64) * BL + tl.arange(0, BL)[None, :]
+    t = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)[None, :]
     real: tl.constexpr = sums.dtype.element_ty
-    row = sums + (b * tl.num_programs(2) + tl.program_id(2)) * (W + 1) * d + c
+    row = sums + (b * tl.num_programs(0) + tl.program_id(0)) * (W + 1) * d + c
     dy = tl.load(g + b * gb + c * gd + t * gl, mask=(c < d) & (t < length), other=0).to(real)
     for j in range(W):
         value = _load(x, initial, b, c, t + j - (W - 1), d, length, xb, xd, xl, ib, id, il, W - 1, real)
@@ -95,7 +95,7 @@ def backward(dy, x, weight, bias, initial, silu):
     if dinitial is not None:
         _run(dinitial, g, reverse, None, None, None, w - 1, PLAIN)
     grid, tile = _tile(x)
-    sums = x.new_zeros(b, grid[2], w + 1, d, dtype=real)
+    sums = x.new_zeros(b, grid[0], w + 1, d, dtype=real)
     if x.numel():
         with _on(x):
             _sum[grid](x, initial, g, sums, d, length, *x.stride(), *_strides(initial), *g.stride(), W=w, **tile)
@@ -119,10 +119,10 @@ def _run(y: Tensor, x, weight, bias, initial, dy, shift: int, mode: int) -> Tens
 
 
 def _tile(x: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and block of channels and steps, long where memory is contiguous."""
+    """Grid and block of channels and steps, long where memory is contiguous; steps along the grid's longest side."""
     b, d, length = x.shape
     long, short = (256, 4) if x.stride(2) <= x.stride(1) else (32, 64)
-    return (b, triton.cdiv(d, short), triton.cdiv(length, long)), {"BD": short, "BL": long}
+    return (triton.cdiv(length, long), triton.cdiv(d, short), b), {"BD": short, "BL": long}
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

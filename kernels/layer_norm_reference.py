@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LEAST = 0  # numbers; smaller maps are left to PyTorch
+
 
 def why_not(*tensors: Tensor) -> str | None:
     """None: PyTorch takes every device and floating-point type."""

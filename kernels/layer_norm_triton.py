@@ -15,6 +15,7 @@ from torch import Tensor
 from vmamba.kernels.backends import other_types
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST = 1 << 21  # numbers; below, a GPU waits for the host, and PyTorch's own norm is issued faster
 WIDEST = 8192
 TILE = 2048  # about so many numbers per program and step
 PROGRAMS = 1024  # in the backward, each with its own sums over rows

@@ -7,30 +7,60 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 COMMON = Path(__file__).with_name("scan_common.cu")
 SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class Kernel:
     """A compiled function on one device; called with a grid, threads per block and its arguments."""
 
-    def __init__(self, function: c_void_p, shared: int):
-        self.function, self.shared = function, shared
+    def __init__(self, function: c_void_p, shared: int, device: int):
+        self.function, self.shared, self.device = function, shared, device
+        self._lock = Lock()
+        self._slots: _Slots | None = None
 
-    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Tensor | int) -> None:
-        """Launch on the current stream; tensors are passed as pointers, integers as 32-bit ones."""
-        values = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else c_int(a) for a in arguments]
-        pointers = (c_void_p * len(values))(*map(ctypes.addressof, values))
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-        size = (*grid, 1, threads, 1, 1, self.shared, stream, pointers, None)
-        _driver("cuLaunchKernel", self.function, *size)
+    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
+        """Launch on the device's current stream; tensors are passed as pointers, numbers in 32 bits.
+
+        Raises:
+            RuntimeError: the driver refuses the launch; struct.error: an integer does not fit in 32 bits.
+        """
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(grid, threads, *arguments)
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        with self._lock:
+            slots = self._slots = self._slots or _Slots(arguments)
+            slots.pack_into(slots.memory, 0, *values)
+            call = self.function, *grid, 1, threads, 1, 1, self.shared, stream, slots.pointers, None
+            status = _cuda().cuLaunchKernel(*call)
+            if status == INVALID_CONTEXT:
+                _bind(self.device)
+                status = _cuda().cuLaunchKernel(*call)
+        if status:
+            raise _error("cuLaunchKernel", status)
+
+
+class _Slots:
+    """Where the arguments of a kernel lie, 8 bytes for each: made once, filled for every launch."""
+
+    def __init__(self, arguments: Sequence[Tensor | int | float]):
+        kinds = ("Q" if isinstance(a, Tensor) else "f4x" if isinstance(a, float) else "i4x" for a in arguments)
+        self.pack_into = Struct("=" + "".join(kinds)).pack_into
+        self.memory = ctypes.create_string_buffer(8 * len(arguments))
+        first = ctypes.addressof(self.memory)
+        self.pointers = (c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
 
 
 @cache
@@ -61,7 +91,7 @@ def kernel(source: Path, name: str, defines: tuple[str, ...], device: int, share
     _driver("cuModuleGetFunction", byref(function), module, name.encode())
     if shared > 48 * 1024:
         _driver("cuFuncSetAttribute", function, SHARED_ATTRIBUTE, shared)
-    return Kernel(function, shared)
+    return Kernel(function, shared, device)
 
 
 def text_of(source: Path) -> str:
@@ -77,9 +107,17 @@ def _module(source: Path, defines: tuple[str, ...], device: int) -> c_void_p:
     cubin = _cached(text, options)
     module = c_void_p()
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # the device's context is there
+        _bind(device)
         _driver("cuModuleLoadData", byref(module), cubin)
     return module
+
+
+def _bind(device: int) -> None:
+    """Make the device's primary context, which is PyTorch's, current: autograd's threads start without one."""
+    handle, context = c_int(), c_void_p()
+    _driver("cuDeviceGet", byref(handle), device)
+    _driver("cuDevicePrimaryCtxRetain", byref(context), handle)
+    _driver("cuCtxSetCurrent", context)
 
 
 def _cached(text: str, options: Sequence[str]) -> bytes:
@@ -155,12 +193,18 @@ def _candidates() -> Iterator[str]:
 
 @cache
 def _cuda() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    library.cuLaunchKernel.argtypes = (c_void_p, *(c_uint,) * 7, *(c_void_p,) * 3)
+    return library
 
 
 def _driver(function: str, *arguments) -> None:
     status = getattr(_cuda(), function)(*arguments)
     if status:
-        text = c_char_p()
-        _cuda().cuGetErrorString(status, byref(text))
-        raise RuntimeError(f"{function}: {(text.value or b'unknown error').decode()}")
+        raise _error(function, status)
+
+
+def _error(function: str, status: int) -> RuntimeError:
+    text = c_char_p()
+    _cuda().cuGetErrorString(status, byref(text))
+    return RuntimeError(f"{function}: {(text.value or b'unknown error').decode()}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vmamba.kernels.backends import choose, plain
+from vmamba.kernels.operator import operator
 
 
 class Table(NamedTuple):
@@ -71,12 +72,12 @@ def _merged(y: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
     return choose("routes", "", y).rows(y.flatten(1, 2), inverse, padded)
 
 
-@torch.library.custom_op("vmamba::route_gather", mutates_args=())
+@operator("route_gather")
 def _gather(x: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
     return _gathered(x, routes, inverse, padded)
 
 
-@torch.library.custom_op("vmamba::route_merge", mutates_args=())
+@operator("route_merge")
 def _merge(y: Tensor, routes: Tensor, inverse: Tensor, padded: bool) -> Tensor:
     return _merged(y, routes, inverse, padded)
 

@@ -19,12 +19,6 @@ __device__ __forceinline__ unsigned tf32(float v) {
     return f;
 }
 
-// The derivative of softplus where softplus is `step`: 1 - exp(-step)
-__device__ __forceinline__ float slope_at(float step) {
-    float small = step * (1 - step * (0.5f - step * (1 / 6.f)));
-    return step < 0.02f ? small : 1 - power2(-LOG2E * step);
-}
-
 // d (16 channels x 8 steps) += a (16 x 8 ranks) b (8 ranks x 8 steps)
 __device__ __forceinline__ void mma(float (&d)[4], float4 a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -518,5 +512,46 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             for (int v = 0; v < WARPS; v++) total += n < N ? m.dA[v][n][lane] : m.sum[n - N][v][lane];
             if (in_c) (n < N ? dA[(at + c) * N + n] : n == N ? dD[at + c] : dbias[at + c]) = total;
         }
+    }
+}
+
+// to[i] = the sum of from's slices: `slices` of `groups` parts each; a part holds `part` numbers of every slice.
+template <typename V> __device__ __forceinline__ void total(const float* from, V* to, long long count, int slices,
+                                                            int groups, long long part) {
+    constexpr int EACH = 4;
+    long long stride = gridDim.x * 256ll * EACH;
+    for (long long first = blockIdx.x * 256ll * EACH + threadIdx.x; first < count; first += stride) {
+        float sum[EACH] = {};
+        long long at[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            long long i = min(first + j * 256, count - 1);
+            at[j] = groups == 1 ? i : i + i / part * (groups - 1) * part;
+        }
+        for (int g = 0; g < groups; g++) {
+#pragma unroll 4
+            for (int s = 0; s < slices; s++)
+#pragma unroll
+                for (int j = 0; j < EACH; j++) sum[j] += from[at[j] + g * part + s * groups * count];
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+            if (first + j * 256 < count) to[first + j * 256] = stored<V>(sum[j]);
+    }
+}
+
+// The gradients from what `backward` leaves, one by each row of blocks; `shares` of the routes, `rows` = b.
+extern "C" __global__ void __launch_bounds__(256)
+totals(const float* dx_parts, const float* dprojected_parts, const float* ddt_proj_parts, const float* dA_parts,
+       const float* dD_parts, const float* dbias_parts, u16* dx, u16* dprojected, float* ddt_proj, float* dA, float* dD,
+       float* dbias, int p, int k, int d, int shares, int rows) {
+    long long channels = (long long)k * d;
+    switch (blockIdx.y) {
+        case 0: return total(dx_parts, dx, (long long)rows * p * d, shares, 1, 1);
+        case 1: return total(dprojected_parts, dprojected, (long long)rows * p * k * WIDTH, (d + 31) / 32, 1, 1);
+        case 2: return total(ddt_proj_parts, ddt_proj, channels * R, rows, GROUPS_W, (long long)d * R);
+        case 3: return total(dA_parts, dA, channels * N, rows, 1, 1);
+        case 4: return total(dD_parts, dD, channels, rows, 1, 1);
+        default: return total(dbias_parts, dbias, channels, rows, 1, 1);
     }
 }

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vmamba.kernels.backends import choose, eager
+from vmamba.kernels.backends import choose, eager, plain
+from vmamba.kernels.operator import operator
 from vmamba.kernels.routes import Table, gather, merge
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.kernels.selective_scan_reference import CHUNK
@@ -51,6 +52,8 @@ def scan2d(
     if not table.once or gaps:
         return _composed(x, projected, dt_proj, A, D, bias, table, backend)
     tensors = (x, projected, dt_proj, A, D, bias)
+    if plain(*tensors):
+        return choose("scan2d", backend or "", *tensors).forward(*tensors, *table[:2])[0]
     if eager(*tensors):
         return _Direct.apply(*tensors, *table[:2], backend or "")
     return torch.ops.vmamba.scan2d(*tensors, table.routes, table.inverse, backend or "")[0]
@@ -67,7 +70,7 @@ def _composed(x, projected, dt_proj, A, D, bias, table: Table, backend: str | No
     return merge(y, table)
 
 
-@torch.library.custom_op("vmamba::scan2d", mutates_args=())
+@operator("scan2d")
 def _forward(
     x: Tensor,
     projected: Tensor,
@@ -83,7 +86,7 @@ def _forward(
     return choose("scan2d", backend, *tensors).forward(*tensors, routes, inverse)
 
 
-@torch.library.custom_op("vmamba::scan2d_backward", mutates_args=())
+@operator("scan2d_backward")
 def _backward(
     dy: Tensor,
     states: Tensor,
@@ -149,15 +152,10 @@ def _check(x, projected, dt_proj, A, D, bias, table) -> None:
     b, p, d = x.shape
     k, _, n = A.shape
     r = dt_proj.shape[-1]
-    allowed = {
-        "projected": (projected, (b, p, k, r + 2 * n)),
-        "dt_proj": (dt_proj, (k, d, r)),
-        "A": (A, (k, d, n)),
-        "D": (D, (k, d)),
-        "bias": (bias, (k, d)),
-        "routes": (table.routes, (k, table.routes.shape[1])),
-        "inverse": (table.inverse, (table.inverse.shape[0], p)),
-    }
-    for name, (tensor, shape) in allowed.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for x (b, p, d) = {(b, p, d)}, got {tuple(tensor.shape)}")
+    steps, visits = table.routes.shape[1], table.inverse.shape[0]
+    wanted = (b, p, k, r + 2 * n), (k, d, r), (k, d, n), (k, d), (k, d), (k, steps), (visits, p)
+    given = tuple(t.shape for t in (projected, dt_proj, A, D, bias, table.routes, table.inverse))
+    if given != wanted:
+        names = "projected", "dt_proj", "A", "D", "bias", "routes", "inverse"
+        name, got, shape = next(row for row in zip(names, given, wanted, strict=True) if row[1] != row[2])
+        raise ValueError(f"{name} must be {shape} for x (b, p, d) = {(b, p, d)}, got {tuple(got)}")

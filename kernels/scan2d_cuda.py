@@ -5,6 +5,7 @@ what this backend refuses. There are no atomics: sums over blocks of channels, o
 side are taken from slices, in a fixed order.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ THREADS, CHANNELS, TILE = 256, 32, 64  # of a block; TILE = CHUNK, so that a til
 PROGRAMS = 256  # fewer than this do not fill a large GPU: routes then get programs of their own
 SHORT = 256  # steps; shorter routes are not worth the sum over programs
 MOST = 64  # states, and ranks, that fit in shared memory
+TOTALS, EACH = 1024, 1024  # blocks for a sum at most, and numbers that a block sums at once
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2  # per multiprocessor, which bounds registers; measured on an H200
 
 
@@ -36,7 +38,7 @@ def _wrong_size(x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, *rest:
         return f"it takes up to {MOST} states and ranks, got {n} and {rank}"
     if x.shape[-1] % 8:
         return f"it takes channels in multiples of 8, got {x.shape[-1]}"
-    if max(x[0].numel(), projected[0].numel()) >= 2**29:
+    if x.shape[1] * max(x.shape[2], projected.shape[2] * projected.shape[3]) >= 2**29:
         return f"it takes maps of less than 2^29 numbers, got {tuple(x.shape[1:])}"
     return None
 
@@ -50,9 +52,8 @@ def forward(
     groups, blocks = _grid(x, k, length)
     y = _new(x, length == p)(groups, b, p, d, dtype=torch.float32)
     states = x.new_empty(b, k, -(-length // TILE), d, n, dtype=torch.float32)
-    with torch.cuda.device(x.device):
-        run = _kernel("forward", x, dt_proj, n, length == p)
-        run((blocks, groups), THREADS, *maps, *weights, routes, y, states, p, k, length, d, k // groups, b)
+    run = _kernel("forward", x.dtype, n, dt_proj.shape[-1], length == p, x.device.index)
+    run((blocks, groups), THREADS, *maps, *weights, routes, y, states, p, k, length, d, k // groups, b)
     return _total(y), states
 
 
@@ -73,27 +74,26 @@ def backward(
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
     maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
     groups, blocks = _grid(x, k, length)
-    new, whole = states.new_empty, length == p
-    dx = _new(states, whole)(groups, b, p, d)
-    dprojected = _new(states, whole)(blocks // b, b, *projected.shape[1:])
+    new, setting = states.new_empty, (x.dtype, n, rank, length == p, x.device.index)
+    dx = _new(states, length == p)(groups, b, p, d)
+    dprojected = _new(states, length == p)(blocks // b, b, *projected.shape[1:])
     ddt_proj = new(b, k, max(1, 8 // (2 * _ranks(rank))), d, rank)
-    dA, dD, dbias = new(b, k, d, n), new(b, k, d), new(b, k, d)
-    with torch.cuda.device(x.device):
-        run = _kernel("backward", x, dt_proj, n, whole)
-        sums = dx, dprojected, ddt_proj, dA, dD, dbias
-        run(
-            (blocks, groups), THREADS, dy.contiguous(), states, *maps, *weights, routes, *sums,
-            p, k, length, d, k // groups, b,
-        )  # fmt: skip
-    grads = _total(dx), _total(dprojected), ddt_proj.sum((0, 2)), dA.sum(0), dD.sum(0), dbias.sum(0)
+    parts = dx, dprojected, ddt_proj, new(b, k, d, n), new(b, k, d), new(b, k, d)
+    _kernel("backward", *setting)(
+        (blocks, groups), THREADS, dy.contiguous(), states, *maps, *weights, routes, *parts,
+        p, k, length, d, k // groups, b,
+    )  # fmt: skip
+    grads = [new(t.shape, dtype=kind) for t, kind in zip(tensors, (x.dtype,) * 2 + (torch.float32,) * 4, strict=True)]
+    size = min(TOTALS, -(-max(grads[0].numel(), grads[1].numel()) // EACH)), len(grads)
+    _kernel("totals", *setting)(size, THREADS, *parts, *grads, p, k, d, groups, b)
     return tuple(g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
-def _kernel(name: str, x: Tensor, dt_proj: Tensor, n: int, whole: bool) -> nvrtc.Kernel:
-    rank = dt_proj.shape[-1]
-    return nvrtc.kernel(
-        SOURCE, name, defines(x.dtype, n, rank, whole), x.device.index, shared_bytes(n, rank)[name == "backward"]
-    )
+@cache
+def _kernel(name: str, dtype: torch.dtype, n: int, rank: int, whole: bool, device: int) -> nvrtc.Kernel:
+    forward_bytes, backward_bytes = shared_bytes(n, rank)
+    shared = {"forward": forward_bytes, "backward": backward_bytes, "totals": 0}
+    return nvrtc.kernel(SOURCE, name, defines(dtype, n, rank, whole), device, shared[name])
 
 
 def defines(dtype: torch.dtype, n: int, rank: int, whole: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-// What the scans in CUDA C++ share: numbers as they are stored, and softplus. It is compiled in front of each of them.
+// What the scans in CUDA C++ share: numbers as they are stored, softplus and its slope. It is compiled in front of each of them.
 //
 // Compile-time: T_BF16, T_FP16 or T_FP32, the inputs' type.
 
@@ -39,3 +39,24 @@ __device__ __forceinline__ float softplus(float raw) {
     f = f * s + 0.9999999403953552f;
     return fmaxf(raw, 0.f) + f * s;
 }
+
+// The derivative of softplus where softplus is `step`: 1 - exp(-step)
+__device__ __forceinline__ float slope_at(float step) {
+    float small = step * (1 - step * (0.5f - step * (1 / 6.f)));
+    return step < 0.02f ? small : 1 - power2(-LOG2E * step);
+}
+
+// A number as it is stored: itself, or rounded to the inputs' type
+template <typename V> __device__ __forceinline__ V stored(float v);
+template <> __device__ __forceinline__ float stored<float>(float v) { return v; }
+#ifndef T_FP32
+template <> __device__ __forceinline__ real_t stored<real_t>(float v) {
+    real_t f;
+#ifdef T_BF16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(f) : "f"(v));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(f) : "f"(v));
+#endif
+    return f;
+}
+#endif

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vmamba.kernels.backends import choose, plain
+from vmamba.kernels.operator import operator
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 
@@ -80,6 +81,7 @@ def route_scan(
     *,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Scan k routes of l steps and d channels, each route with its own A, B, C.
@@ -87,17 +89,22 @@ def route_scan(
     Args:
         u, delta: (b, k, l, d); A: (k, d, n); B, C: (b, k, l, n); D, delta_bias: (k, d).
         delta_softplus, backend: as in :func:`selective_scan`.
+        out_dtype: of y, u's or float32; the latter by default, so that sums over routes lose nothing.
 
     Returns:
-        y, (b, k, l, d), in float32 (float64 for float64 inputs), so that sums over routes lose nothing.
+        y, (b, k, l, d), in ``out_dtype`` or float32 (float64 for float64 inputs).
     """
     tensors = (u, delta, A, B, C, D, None, delta_bias)
+    dtype = out_dtype or torch.promote_types(u.dtype, torch.float32)
     if plain(*(t for t in tensors if t is not None)):
-        return choose("selective_scan", backend or "", *tensors).forward(*tensors, delta_softplus)[0]
-    return torch.ops.vmamba.selective_scan(*tensors, delta_softplus, backend or "")[0]
+        module = choose("selective_scan", backend or "", *tensors)
+        if hasattr(module, "values"):  # without the states that a backward would need
+            return module.values(delta_softplus, dtype, *tensors)
+        return module.forward(*tensors, delta_softplus)[0].to(dtype)
+    return torch.ops.vmamba.selective_scan(*tensors, delta_softplus, backend or "")[0].to(dtype)
 
 
-@torch.library.custom_op("vmamba::selective_scan", mutates_args=())
+@operator("selective_scan")
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -114,7 +121,7 @@ def _forward(
     return choose("selective_scan", backend, *tensors).forward(*tensors, softplus)
 
 
-@torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def _backward(
     dy: Tensor,
     states: Tensor,

@@ -18,7 +18,8 @@ import difflib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -211,8 +212,15 @@ def _sides(routes: Routes) -> int | None:
     return sum(p.default is p.empty for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors made inside serve everywhere later: whatever mode is on, they are on the CPU and fit for training."""
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+        yield
+
+
 def _order(routes: Routes, grid: tuple[int, ...]) -> Tensor:
-    with _disable_current_modes(), torch.device("cpu"):
+    with _ordinary_tensors():
         order = routes(*grid)
     if not isinstance(order, Tensor) or order.ndim != 2 or order.is_floating_point():
         got = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else repr(order)
@@ -223,7 +231,7 @@ def _order(routes: Routes, grid: tuple[int, ...]) -> Tensor:
 @lru_cache(maxsize=512)
 def _table(scan: str, grid: tuple[int, ...], device: torch.device, per_route: bool) -> Table:
     order = _order(_scans[scan], grid)
-    with _disable_current_modes(), torch.device("cpu"):
+    with _ordinary_tensors():
         pixels = math.prod(grid)
         if per_route:  # slot k of pixel p is row p * k + slot
             k = order.shape[0]

@@ -62,6 +62,7 @@ def test_a_missing_package_is_a_reason(monkeypatch):
         raise ImportError(name="numba")
 
     monkeypatch.setattr(backends, "import_module", missing)
+    monkeypatch.setattr(backends, "_module", backends._module.__wrapped__)  # without the modules it has seen
     assert backends.why_not("selective_scan", "cpu", torch.zeros(1)) == "numba is not installed"
 
 

@@ -211,3 +211,11 @@ if not (GPU or INTERPRETED):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "triton"]
         done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_volumes_fit_into_a_grid_of_blocks():
+    """CUDA allows 65535 blocks along all sides of a grid but the first."""
+    x = torch.empty(2, 128**3, 64, device="meta").mT
+    for layout in (x, x.contiguous()):
+        (_, *others), _ = importlib.import_module("vmamba.kernels.causal_conv1d_triton")._tile(layout)
+        assert max(others) < 2**16

@@ -1,9 +1,13 @@
 """CUDA C++ kernels compile without a GPU, for every architecture that PyTorch's packages serve; errors are told."""
 
+import ctypes
+import struct
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vmamba.kernels import nvrtc, scan2d_cuda, selective_scan_cuda
+from vmamba.kernels import depthwise_silu_cuda, layer_norm_cuda, nvrtc, scan2d_cuda, selective_scan_cuda
 
 pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")
 
@@ -20,15 +24,118 @@ def test_scan2d_compiles(architecture, settings):
     flags = [f"-D{define}" for define in scan2d_cuda.defines(*settings)]
     text = nvrtc.text_of(scan2d_cuda.SOURCE)
     cubin = nvrtc.compile(text, [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *flags])
-    assert cubin.startswith(b"\x7fELF") and b"backward" in cubin and b"forward" in cubin
+    assert cubin.startswith(b"\x7fELF") and all(name in cubin for name in (b"backward", b"forward", b"totals"))
 
 
-@pytest.mark.parametrize("flags", ["T_BF16 N=16", "T_FP32 N=5", "T_FP16 N=32"])
-def test_selective_scan_compiles(flags):
-    defines = [f"-D{define}" for define in (flags + " HAS_D=1 HAS_Z=1 HAS_BIAS=1 SOFTPLUS=1").split()]
+def test_layer_norm_compiles():
+    half, full = torch.bfloat16, torch.float32
+    for types, rows in (((full, half, full), (96, True)), ((half, torch.float16, half), (8191, False))):
+        flags = [f"-D{define}" for define in layer_norm_cuda.defines(*types, layer_norm_cuda.plan(*rows))]
+        text = nvrtc.text_of(layer_norm_cuda.SOURCE)
+        cubin = nvrtc.compile(text, ["--gpu-architecture=sm_80", "--std=c++17", *flags])
+        assert b"backward" in cubin and b"forward" in cubin
+
+
+@pytest.mark.parametrize("settings", [(torch.bfloat16, 3, True), (torch.float32, 5, False)], ids=str)
+def test_depthwise_silu_compiles(settings):
+    flags = [f"-D{define}" for define in depthwise_silu_cuda.defines(*settings)]
+    text = nvrtc.text_of(depthwise_silu_cuda.SOURCE)
+    cubin = nvrtc.compile(text, ["--gpu-architecture=sm_90", "--std=c++17", *flags])
+    assert all(name in cubin for name in (b"backward", b"forward", b"transposed"))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Stands for the driver and a machine with two GPUs; keeps what it is asked to launch, and answers ``status``."""
+    fake = SimpleNamespace(current=0, status=0, launches=[], context=1)
+
+    def launch(function, *rest):
+        *size, stream, pointers, _ = rest
+        slots = [ctypes.string_at(pointer, 8) for pointer in pointers]
+        fake.launches.append((function, size, stream, slots, fake.current))
+        return fake.status if fake.context else 201
+
+    def explain(status, text):
+        text._obj.value = b"too many resources"
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, fake.current = fake.current, self.index
+
+        def __exit__(self, *error):
+            fake.current = self.before
+
+    def enter(context):
+        fake.context = context.value
+        return 0
+
+    def retain(context, device):
+        context._obj.value = 90 + device.value
+        return 0
+
+    def find(device, number):
+        device._obj.value = number
+        return 0
+
+    functions = {"cuLaunchKernel": launch, "cuGetErrorString": explain, "cuCtxSetCurrent": enter}
+    functions |= {"cuDeviceGet": find, "cuDevicePrimaryCtxRetain": retain}
+    monkeypatch.setattr(nvrtc, "_cuda", lambda: SimpleNamespace(**functions))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: fake.current)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
+    return fake
+
+
+def test_what_a_launch_passes(driver):
+    kernel, x, y = nvrtc.Kernel(ctypes.c_void_p(5), 96, 0), torch.ones(3), torch.ones(2)
+    kernel((4, 2), 256, x, -7, 0.5, y)
+    kernel((1, 1), 32, y, 8, 0.25, x)
+    (function, size, stream, slots, device), second = driver.launches
+    assert (function.value, size, stream, device) == (5, [4, 2, 1, 256, 1, 1, 96], 70, 0)
+    assert slots == [
+        struct.pack("=Q", x.data_ptr()),
+        struct.pack("=i4x", -7),
+        struct.pack("=f4x", 0.5),
+        struct.pack("=Q", y.data_ptr()),
+    ]
+    assert second[1] == [1, 1, 1, 32, 1, 1, 96] and second[3][1:3] == [b"\x08" + bytes(7), struct.pack("=f4x", 0.25)]
+
+
+def test_a_launch_runs_under_its_device(driver):
+    nvrtc.Kernel(ctypes.c_void_p(5), 0, 1)((1, 1), 32, torch.ones(1))
+    assert driver.launches[0][2] == 71 and driver.launches[0][4] == 1 and driver.current == 0
+
+
+def test_a_thread_without_a_context_is_given_one(driver):
+    driver.context = None
+    nvrtc.Kernel(ctypes.c_void_p(5), 0, 0)((1, 1), 32, torch.ones(1))
+    assert driver.context == 90 and len(driver.launches) == 2
+
+
+def test_a_launch_that_fails_is_told(driver):
+    driver.status = 701
+    with pytest.raises(RuntimeError, match="cuLaunchKernel: too many resources"):
+        nvrtc.Kernel(ctypes.c_void_p(5), 0, 0)((1, 1), 2048, torch.ones(1))
+    with pytest.raises(struct.error):
+        nvrtc.Kernel(ctypes.c_void_p(5), 0, 0)((1, 1), 32, 2**31)
+
+
+@pytest.mark.parametrize("warps", [1, 1 << 20])
+@pytest.mark.parametrize(
+    "dtype, n, d, z", [(torch.bfloat16, 16, 8, False), (torch.float32, 5, 7, True), (torch.float16, 64, 8, True)]
+)
+def test_selective_scan_compiles(dtype, n, d, z, warps):
+    u, maps = torch.zeros(1, 1, 1, d, dtype=dtype), torch.zeros(1, 1, 1, n, dtype=dtype)
+    tensors = (u, u, torch.zeros(1, d, n), maps, maps, torch.zeros(1, d), u if z else None, None)
+    call = selective_scan_cuda.Call(tensors, True, warps)
+    assert call.shared_bytes() <= 227 * 1024  # what a block of the GPUs of compute capability 9.0 gets
+    defines = (*call.plan.defines, "KEEP=1", f"BACKWARD_BYTES={call.shared_bytes()}")
     text = nvrtc.text_of(selective_scan_cuda.SOURCE)
-    cubin = nvrtc.compile(text, ["--gpu-architecture=sm_90", "--std=c++17", *defines])
-    assert b"ends" in cubin and b"forward" in cubin
+    cubin = nvrtc.compile(text, ["--gpu-architecture=sm_90", "--std=c++17", *(f"-D{define}" for define in defines)])
+    assert b"ends" in cubin and b"forward" in cubin and b"backward" in cubin
 
 
 def test_a_mistake_is_told():

@@ -59,21 +59,36 @@ def test_values_and_gradients(length, n, dtype):
         assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
 
 
+WARPS = {"few lanes": 1, "many lanes, in segments": 1 << 20}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
-@pytest.mark.parametrize("n", [4, 5, 16, 32])
-@pytest.mark.parametrize("length", [1, 63, 197, 3000])
-@pytest.mark.parametrize("warps", [1, 1 << 20], ids=["whole", "in segments"])
-@pytest.mark.parametrize("extras", [True, False], ids=["D z bias", "bare"])
-def test_values_of_cuda(length, n, dtype, warps, extras, monkeypatch):
-    monkeypatch.setattr(selective_scan_cuda, "WARPS", warps)
-    u, delta, A, B, C, *rest = scan_inputs(length, n, dtype, d=133)
-    tensors = (u, delta, A, B, C, *(rest if extras else (None, None, None)))
+@pytest.mark.parametrize("n", [4, 5, 16, 32, 64])
+@pytest.mark.parametrize("length", [1, 63, 197, 600])
+@pytest.mark.parametrize("warps", WARPS)
+@pytest.mark.parametrize("extras, d", [((1, 1, 1), 133), ((1, 0, 1), 40), ((0, 0, 0), 133)])
+def test_values_and_gradients_of_cuda(length, n, dtype, warps, extras, d, monkeypatch):
+    monkeypatch.setattr(selective_scan_cuda, "FORWARD_WARPS", WARPS[warps])
+    monkeypatch.setattr(selective_scan_cuda, "BACKWARD_WARPS", WARPS[warps])
+    u, delta, A, B, C, *rest = scan_inputs(length, n, dtype, d=d)
+    tensors = (u, delta, A, B, C, *(t if there else None for t, there in zip(rest, extras, strict=True)))
     assert selective_scan_cuda.why_not(*(t for t in tensors if t is not None)) is None
     exact = [None if t is None else t.double() for t in tensors]
     y, last, states = selective_scan_cuda.forward(*tensors, True)
     right = selective_scan_reference.forward(*exact, True)
     assert max(errors((y, last), right[:2])) < FLOAT32
     assert errors([states[:, :, 1:]], [right[2][:, :, 1:]])[0] < FLOAT32 if length > 64 else not states.any()
+    narrow = selective_scan_cuda.values(True, dtype, *tensors)
+    assert narrow.dtype == dtype and errors([narrow], right[:1])[0] < TOLERANCE[dtype]
+    dy = torch.randn_like(y)
+    got = selective_scan_cuda.backward(dy, states, True, *tensors)
+    expected = selective_scan_reference.backward(dy.double(), right[2], True, *exact)
+    for name, gradient, correct, tensor in zip(NAMES, got, expected, tensors, strict=True):
+        assert (gradient is None) == (tensor is None)
+        if tensor is not None:
+            assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
+            error = errors([gradient], [correct])[0]
+            assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("segments", sorted({s for _, s in selective_scan_triton.SEGMENTS}))
@@ -85,12 +100,13 @@ def test_every_tile(segments, monkeypatch):
 
 
 @pytest.mark.parametrize("d", [1, 5, 33, 384])
-def test_two_runs_are_equal_to_the_bit(d):
+@pytest.mark.parametrize("module", [selective_scan_cuda, selective_scan_triton])
+def test_two_runs_are_equal_to_the_bit(d, module):
     tensors = scan_inputs(196, 4, torch.bfloat16, d=d)
     runs = []
     for _ in range(2):
-        y, last, states = selective_scan_triton.forward(*tensors, True)
-        runs.append((y, last, states, *selective_scan_triton.backward(y, states, True, *tensors)))
+        y, last, states = module.forward(*tensors, True)
+        runs.append((y, last, states, *module.backward(y, states, True, *tensors)))
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
 
@@ -103,9 +119,10 @@ def test_float64():
     assert max(errors(gradients, selective_scan_reference.backward(got[0], got[2], True, *tensors))) < 1e-12
 
 
-def test_runs_on_the_device_of_its_tensors():
+@pytest.mark.parametrize("module", [selective_scan_cuda, selective_scan_triton])
+def test_runs_on_the_device_of_its_tensors(module):
     device = f"cuda:{torch.cuda.device_count() - 1}"
     tensors = [t.to(device) for t in scan_inputs(70, 4, torch.float32)]
-    y, _, states = selective_scan_triton.forward(*tensors, True)
+    y, _, states = module.forward(*tensors, True)
     assert errors([y], selective_scan_reference.forward(*[t.double() for t in tensors], True)[:1])[0] < FLOAT32
-    assert {str(g.device) for g in selective_scan_triton.backward(y, states, True, *tensors)} == {device}
+    assert {str(g.device) for g in module.backward(y, states, True, *tensors)} == {device}

@@ -7,8 +7,10 @@ from typing import Any, cast
 import torch
 from timm.layers import DropPath, LayerScale, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vmamba.kernels.backends import eager
 from vmamba.norm import LayerNorm
 
 
@@ -49,10 +51,45 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
+        x = add_branch(x, self.scale1(self.mixer(self.norm1(x))), self.drop_path)
         if self.norm2 is not None and self.mlp is not None:
-            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+            x = add_branch(x, self.scale2(self.mlp(self.norm2(x))), self.drop_path)
         return x
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
+    """x + drop_path(branch), (b, ..., c); in one pass over memory where a GPU trains, and one in the backward."""
+    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
+        return x + drop_path(branch)
+    fits = eager(x, branch) and x.is_cuda and torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    if watched(drop_path) or not fits:
+        return x + drop_path(branch)
+    keep = 1 - drop_path.drop_prob
+    kept = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
+    if keep > 0 and drop_path.scale_by_keep:
+        kept.div_(keep)
+    return _AddProduct.apply(x, branch, kept)
+
+
+class _AddProduct(torch.autograd.Function):
+    """x + branch * factor; ``out`` keeps autocast from widening the branch first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.dtype = branch.dtype
+        return torch.addcmul(x, branch, factor, out=torch.empty_like(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = ctx.saved_tensors
+        return dy, torch.mul(dy, factor, out=torch.empty_like(dy, dtype=ctx.dtype)), None
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether hooks are to run when one of these modules is called, so that it must be."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

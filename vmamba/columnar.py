@@ -13,6 +13,7 @@ from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d, to_2tuple
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.add_norm import add_then_norm
 from vmamba.block import init_linear
 from vmamba.protocol import TimmModel
 from vmamba.scans import Scan
@@ -59,8 +60,7 @@ class ColumnBlock(nn.Module):
 
     def forward(self, h: Tensor, r: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
         """(b, l, c), (b, l, c) or None, (rows, columns) -> (b, l, c), (b, l, c)"""
-        r = h.to(torch.promote_types(h.dtype, torch.float32)) if r is None else r + h
-        x = self.norm(r.to(cast(Tensor, self.norm.weight).dtype))
+        x, r = add_then_norm(h, r, self.norm)
         return self.drop_path(self.layer_scale(self.mix(x, grid))), r
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
@@ -240,6 +240,8 @@ class Columnar(TimmModel):
     def end(self, state: State, norm: bool = True) -> Tensor:
         """The stream h + r, (b, l, c), normalised."""
         h, r, _ = state
+        if norm and r is not None:
+            return add_then_norm(h, r, self.norm, wide=True)[0]
         stream = (h if r is None else r + h).to(self.stem.proj.weight.dtype)
         return self.norm(stream) if norm else stream
 

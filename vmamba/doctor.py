@@ -69,7 +69,7 @@ def doctor() -> Report:
     """Looks at this machine; compiles and runs nothing, but imports what there is of OpenMMLab.
 
     >>> doctor().choices[0].operator
-    'causal_conv1d'
+    'add_norm'
     """
     packages = {extra: {name: _version(name) for name in names} for extra, names in PACKAGES.items()}
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}

@@ -4,10 +4,9 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vmamba.kernels.backends import choose
+from vmamba.kernels.backends import choose, eager
 
 EPS = 1e-5
-SMALL = 1 << 21  # numbers; below, a GPU waits for the host, and PyTorch's own norm is issued faster
 
 
 @register_notrace_module
@@ -30,12 +29,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., c) -> (..., c)"""
-        if not input.is_cuda or torch.compiler.is_compiling():
+        if not (input.is_cuda and eager(input, self.weight, self.bias)):
             return super().forward(input)
         dtype = input.dtype
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.float32 if self.wide else torch.get_autocast_dtype("cuda")
-        if input.numel() < SMALL:
-            return super().forward(input).to(dtype)
         backend = choose("layer_norm", "", input, self.weight, self.bias)
+        if input.numel() < backend.LEAST:
+            return super().forward(input).to(dtype)
         return backend.forward(input, self.weight, self.bias, self.eps, dtype)

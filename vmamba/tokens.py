@@ -79,7 +79,24 @@ def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 class PatchConv(nn.Conv2d):
-    """The convolution that makes a token of a patch; LeCun normal weights, zero bias."""
+    """The convolution that makes a token of a patch; LeCun normal weights, zero bias.
+
+    On a GPU patches that do not overlap go through one matrix product, and the result lies channels-last.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, in_chans, H, W) -> (b, c, h, w)"""
+        p, q = self.kernel_size
+        if not input.is_cuda or self.stride != self.kernel_size:
+            return super().forward(input)
+        h, w = input.shape[2] // p, input.shape[3] // q
+        patches = input[:, :, : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (b, h, w, in_chans, p, q)
+        dtype = input.dtype
+        if torch.is_autocast_enabled("cuda") and dtype == torch.float32:
+            dtype = torch.get_autocast_dtype("cuda")
+        rows = patches.to(dtype, memory_format=torch.contiguous_format).flatten(3)
+        return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def reset_parameters(self) -> None:
         """LeCun normal weights, cut at two deviations; zero bias."""

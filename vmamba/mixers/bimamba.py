@@ -11,11 +11,16 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.kernels.backends import plain
 from vmamba.kernels.causal_conv1d import causal_conv1d
+from vmamba.kernels.gated_merge import gated_merge
 from vmamba.kernels.route_conv import route_conv
+from vmamba.kernels.route_weights import Projections, route_weights
+from vmamba.kernels.routes import Table
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.mixers.selective import SelectiveMixer
+from vmamba.precision import autocasts
 from vmamba.scans import Scan
 
 
@@ -68,17 +73,60 @@ class BiMamba(SelectiveMixer):
         self.conv1d = RouteConv(self.D.shape[1], conv, routes=routes.count, **dd)
         self.scan, self.average = routes, average
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, h, w, c) -> (b, h, w, c)"""
+        if type(self.gate) is not nn.SiLU:
+            return super().forward(x)
+        grid = x.shape[1:-1]
+        x, z = self.in_proj(x).flatten(1, -2).chunk(2, -1)
+        table = self.scan.grid_table(grid, x.device)
+        dtype = _type_of(self.out_proj, x.device)
+        y = gated_merge(self.scan_routes(x, table), z, table, divisor=self.divisor, dtype=dtype)
+        return self.out_proj(y).unflatten(1, grid)
+
     def scan_map(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
         grid = x.shape[1:-1]
-        table = self.scan.grid_table(grid, x.device)
-        u = route_conv(x.flatten(1, -2), self.conv1d.weight[:, :, 0], self.conv1d.bias, table)  # (b, k, l, d)
-        projected = u @ self.x_proj.mT  # (b, k, l, r + 2n)
-        dt, B, C = projected.split([self.rank, self.state, self.state], -1)
-        delta = dt @ self.dt_proj.mT
-        y = route_scan(u, delta, self.decay(), B, C, self.D, delta_bias=self.dt_bias, delta_softplus=True)
-        y = self.scan.merge(y, *grid)
-        return y / self.scan.count if self.average else y
+        y = self.scan_routes(x.flatten(1, -2), self.scan.grid_table(grid, x.device))
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return self.scan.merge(y.to(wide), *grid) / self.divisor
+
+    @property
+    def divisor(self) -> int:
+        """What the sum of the routes is divided by."""
+        return self.scan.count if self.average else 1
+
+    def scan_routes(self, x: Tensor, table: Table) -> Tensor:
+        """(b, p, d) -> (b, k, l, d): what every route gives, step by step.
+
+        In float32 or wider; without gradients bfloat16 for bfloat16, in which the gated sum of routes is returned too.
+        """
+        u = route_conv(x, self.conv1d.weight[:, :, 0], self.conv1d.bias, table)
+        delta, A, B, C = self.steps_of(u)
+        free = u.dtype == torch.bfloat16 and plain(u, delta, A, self.D, self.dt_bias)
+        options: dict[str, Any] = {"delta_bias": self.dt_bias, "delta_softplus": True}
+        return route_scan(u, delta, A, B, C, self.D, out_dtype=torch.bfloat16 if free else None, **options)
+
+    def steps_of(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (b, k, l, d) -> delta (b, k, l, d), A (k, d, n), B and C (b, k, l, n)."""
+        r, n, parameters = self.rank, self.state, (self.x_proj, self.dt_proj, self.A_log)
+        if not plain(u, *parameters):
+            dt, B, C = (u @ self.x_proj.mT).split([r, n, n], -1)
+            return dt @ self.dt_proj.mT, self.decay(), B, C
+        b, k = u.shape[:2]
+        into, out, A = route_weights(Projections(*parameters), b, u.dtype)
+        projected = torch.bmm(u.flatten(0, 1), into.mT)  # (b k, l, rank | maps)
+        delta = torch.bmm(projected[..., : out.shape[1]], out).unflatten(0, (b, k))
+        maps = projected.unflatten(0, (b, k))[..., out.shape[1] :]
+        return delta, A, maps[..., :n], maps[..., n : 2 * n]
+
+
+def _type_of(linear: nn.Module, device: torch.device) -> torch.dtype:
+    """The type in which a linear layer computes."""
+    dtype = cast(Tensor, linear.weight).dtype
+    if type(linear) is nn.Linear and dtype != torch.float64 and autocasts(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 @register_notrace_module

@@ -42,17 +42,17 @@ class SelectiveScans(nn.Module):
 
     def project(self, x: Tensor, group: slice = EVERY) -> Tensor:
         """(b, h, w, d) -> (b, h, w, k, r + 2n): delta's factor, B and C of each pixel for the routes ``group``."""
-        x_proj = self.x_proj[group]
+        x_proj = _of(self.x_proj, group)
         return F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2])
 
     def decay(self, group: slice = EVERY) -> Tensor:
         """A, (k, d, n), of the routes ``group``; float32 or wider."""
-        A_log = self.A_log[group]
+        A_log = _of(self.A_log, group)
         return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
     def step_bias(self, group: slice = EVERY) -> Tensor:
         """What is added to delta before the softplus, (k, d), of the routes ``group``."""
-        return self.dt_bias[group]
+        return _of(self.dt_bias, group)
 
     def scan_along(self, x: Tensor, scan: Scan, group: slice = EVERY) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64): along each route of ``scan``, summed.
@@ -61,7 +61,7 @@ class SelectiveScans(nn.Module):
         """
         h, w = x.shape[1:3]
         projected = self.project(x, group).flatten(1, 2)
-        dt_proj, D, bias = self.dt_proj[group], self.D[group], self.step_bias(group)
+        dt_proj, D, bias = _of(self.dt_proj, group), _of(self.D, group), self.step_bias(group)
         table = scan.table(h, w, x.device)
         y = scan2d(x.flatten(1, 2), projected, dt_proj, self.decay(group), D, bias, table)
         return y.unflatten(1, (h, w))
@@ -69,9 +69,14 @@ class SelectiveScans(nn.Module):
     def scan_steps(self, x: Tensor, scan: Scan, group: slice = EVERY) -> Tensor:
         """(b, h, w, d) -> (b, k, l, d): what :meth:`scan_along` sums, step by step along each route."""
         dt, B, C = scan.split_each(self.project(x, group)).split([self.rank, self.state, self.state], -1)
-        delta = dt @ self.dt_proj[group].to(dt.dtype).mT
-        A, D, bias = self.decay(group), self.D[group], self.step_bias(group)
+        delta = dt @ _of(self.dt_proj, group).to(dt.dtype).mT
+        A, D, bias = self.decay(group), _of(self.D, group), self.step_bias(group)
         return route_scan(scan.split(x), delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+
+def _of(parameter: Tensor, group: slice) -> Tensor:
+    """The part that the routes ``group`` have of a parameter (k, ...); itself for every route."""
+    return parameter if group is EVERY else parameter[group]
 
 
 class SelectiveMixer(SelectiveScans, GatedMixer):
