@@ -71,6 +71,12 @@ def mask_rcnn(name: str, **options) -> dict:
     )  # fmt: skip
 
 
+def classification_batch(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    """Images of the one size in ``sizes`` and labels 0, 1 ..., as a data loader of timm's transforms gives them."""
+    images = torch.stack(_images(sizes)) / 128 - 1
+    return [images, torch.arange(len(sizes))]
+
+
 def segmentation_batch(*sizes: tuple[int, int]) -> dict:
     """Images of ``sizes`` with random labels, as a data loader of mmseg gives them."""
     from mmengine.structures import PixelData

@@ -9,7 +9,21 @@ from importlib import import_module
 from vmamba import __version__
 from vmamba.errors import UserError
 
-COMMANDS = ("list_models", "info", "scans", "doctor", "benchmark", "convert", "medseg", "train", "test")
+COMMANDS = (
+    "list_models",
+    "info",
+    "scans",
+    "doctor",
+    "benchmark",
+    "convert",
+    "medseg",
+    "train",
+    "test",
+    "detect",
+    "segment",
+    "shapes",
+    "curves",
+)
 EXAMPLES = """examples:
   vmamba list "vmamba_tiny*"
   vmamba info vmamba_tiny_s1l8
@@ -17,7 +31,8 @@ EXAMPLES = """examples:
   vmamba doctor
   vmamba benchmark models vmamba_tiny_s1l8 convnext_tiny --batch 8
   vmamba medseg train -o runs/mri --preset small --epochs 30 --batch-size 8
-  vmamba train upernet_vmamba_tiny_ade20k.py --amp"""
+  vmamba train upernet_vmamba_tiny_ade20k.py --amp
+  vmamba detect photos/ --config mask_rcnn_vmamba_tiny_s1l8_coco_1x.py --checkpoint mask_rcnn.pth -o found"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""vmamba info: size, cost, shapes and origin of one network."""
+"""vmamba info: size, cost, shapes and origin of one network, of the zoo or of a configuration."""
 
 import argparse
 import json
@@ -11,8 +11,13 @@ from vmamba.tools.zoo import add_command, entry_of, parameters, skeleton
 def add_parser(subparsers: Any) -> None:
     """Adds ``info``."""
     text = "parameters, multiply-adds, strides, channels and weights of a network"
-    parser = add_command(subparsers, "info", text, "vmamba info vmamba_tiny_s1l8 --input-size 384 512")
-    parser.add_argument("name", help="a name of vmamba list, or a backbone's with _backbone at its end")
+    example = "vmamba info vmamba_tiny_s1l8 --input-size 384 512\n  vmamba info configs/detection/NAME.py"
+    parser = add_command(subparsers, "info", text, example)
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="a name of vmamba list, a backbone's with _backbone at its end, or a configuration of mmengine (.py)",
+    )
     parser.add_argument("--input-size", type=int, nargs="+", metavar="N", help="sides counted for (default: published)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -20,7 +25,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """vmamba info"""
-    facts = describe(args.name, args.input_size)
+    if args.name.endswith(".py"):
+        from vmamba.tools import mm_info
+
+        facts = mm_info.describe(args.name, args.input_size)
+    else:
+        facts = describe(args.name, args.input_size)
     print(json.dumps(facts, indent=2) if args.json else _text(facts))
     return 0
 
@@ -64,15 +74,26 @@ def describe(name: str, input_size: "list[int] | None" = None) -> dict[str, Any]
 
 
 def _text(facts: dict[str, Any]) -> str:
-    cost, weights = facts["multiply_adds_by_kind"], facts["weights"]
+    cost, parts = facts["multiply_adds_by_kind"], facts.get("parameters_by_part", {})
     shares = ", ".join(f"{kind} {n / 1e9:.3f} G" for kind, n in sorted(cost.items(), key=lambda item: -item[1]))
-    top1 = f", ImageNet-1k top-1 {weights['top1']} % as published" if weights and weights["top1"] else ""
+    of_parts = ", ".join(f"{name} {number:,}" for name, number in parts.items())
     rows = {
-        facts["name"]: facts["class"],
+        **({"configuration": facts["name"], "network": facts["class"]} if parts else {facts["name"]: facts["class"]}),
         "parameters": f"{facts['parameters']:,}",
+        " ": of_parts,
         "multiply-adds": f"{facts['multiply_adds'] / 1e9:.3f} G for an image of {' x '.join(map(str, facts['input']))}",
         "": shares,
         "convention": facts["convention"],
+        **(_zoo_rows(facts) if "origin" in facts else {}),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in rows.items() if value)
+
+
+def _zoo_rows(facts: dict[str, Any]) -> dict[str, str]:
+    weights = facts["weights"]
+    top1 = f", ImageNet-1k top-1 {weights['top1']} % as published" if weights and weights["top1"] else ""
+    return {
         "strides": ", ".join(map(str, facts["strides"])),
         "channels": ", ".join(map(str, facts["channels"])),
         "weights": f"{weights['url']} ({weights['license']}){top1}" if weights else "none linked",
@@ -80,5 +101,3 @@ def _text(facts: dict[str, Any]) -> str:
         "original": facts["origin"],
         "timm": f'timm.create_model("{facts["name"]}") after import vmamba' if facts["in_timm"] else "",
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{key:{width}}  {value}" for key, value in rows.items() if value)

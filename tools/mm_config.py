@@ -44,7 +44,7 @@ def configuration(args: argparse.Namespace) -> Any:
         cfg = Config.fromfile(args.config)
         if args.cfg_options:
             cfg.merge_from_dict(reader.parse_args(["--cfg-options", *args.cfg_options]).cfg_options)
-    except (ImportError, SyntaxError, KeyError, TypeError, ValueError) as error:
+    except (ImportError, OSError, SyntaxError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{args.config}: {error}") from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
@@ -73,7 +73,19 @@ def runner(cfg: Any) -> Any:
         raise UserError("mixed precision needs a GPU, and PyTorch finds none; leave --amp out")
     if cfg.launcher == "pytorch" and not torch.cuda.is_available():
         _join_on_cpu(cfg)
+    _keep_safe(cfg)
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+def _keep_safe(cfg: Any) -> None:
+    """Checkpoints that are whole or absent, in place of mmengine's; detectors in every precision, on every device."""
+    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    folders = "local" in str(cfg.get("strategy", {}).get("state_dict_cfg", ""))  # FSDP writes a folder of shards
+    if saver.get("type") == "CheckpointHook" and not folders:
+        saver["type"] = "WholeCheckpointHook"
+    hooks = list(cfg.get("custom_hooks") or [])
+    if cfg.get("default_scope") == "mmdet" and all(hook["type"] != "DetectorOperatorsHook" for hook in hooks):
+        cfg.custom_hooks = [*hooks, {"type": "DetectorOperatorsHook"}]
 
 
 def _join_on_cpu(cfg: Any) -> None:

@@ -9,7 +9,8 @@ The convention is the one in which VMamba's figures are published (arXiv:2401.10
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,17 @@ from vmamba.kernels import causal_conv1d, scan2d, selective_scan
 CONVENTION = "1 per multiply-add, 9 l d n + l d per selective scan, 5 per normalised element"
 OPERATORS = causal_conv1d, scan2d, selective_scan  # imported so that torch.ops.vmamba has them
 
+Formulas = Mapping[Any, tuple[str, Callable[..., int]]]  # operator -> kind and formula
+
 aten, ours = torch.ops.aten, torch.ops.vmamba
 
 
-def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
+def count(model: nn.Module, shape: Sequence[int], *, also: "Formulas | None" = None) -> dict[str, int]:
     """Multiply-adds of ``model(x)`` for an x of ``shape``, (b, c, h, w), by kind of operation; their sum is the total.
 
     The model may be on any device; neither it nor its buffers change. Keys: ``matrix products``, ``convolutions``,
-    ``scans``, ``norms``, ``pooling``, ``attention``; those that occur.
+    ``scans``, ``norms``, ``pooling``, ``attention``; those that occur, and the kinds of ``also``: operators that are
+    free otherwise, with their kind and formula.
 
     Raises:
         ValueError: whatever the model raises for an input of that shape.
@@ -38,12 +42,13 @@ def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    formulas = {op: _doubled(formula) for op, (_, formula) in FORMULAS.items()}
+    table = {**FORMULAS, **(also or {})}
+    formulas = {op: _doubled(formula) for op, (_, formula) in table.items()}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, _RMSNorms(), torch.no_grad():
         functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
     kinds: dict[str, int] = {}
     for op, flops in counter.get_flop_counts()["Global"].items():
-        kind = FORMULAS[op][0] if op in FORMULAS else BUILT_IN.get(op, "attention")
+        kind = table[op][0] if op in table else BUILT_IN.get(op, "attention")
         kinds[kind] = kinds.get(kind, 0) + flops // 2
     return kinds
 

@@ -11,13 +11,38 @@ except ImportError as error:
     advice = "install the extra 'mm' of vmamba (make mm in a checkout); vmamba doctor says what is missing"
     raise ImportError(f"vmamba.mm needs mmengine: {error}; {advice}") from error
 
-from vmamba.mm import complexity, history, layers, official
+from vmamba.mm import complexity, foreign, history, image_folder, layers, official, saving
+from vmamba.mm.accuracy import TopAccuracy
+from vmamba.mm.average import VMambaEMAHook
 from vmamba.mm.backbone import VMambaBackbone
+from vmamba.mm.classifier import VMambaClassifier
+from vmamba.mm.operators import DetectorOperatorsHook
+from vmamba.mm.readable import LoadReadable
+from vmamba.mm.repeatable import MeanLossHook, NumberedSampler, SeedByIterationHook, SeedBySample
+from vmamba.mm.saving import WholeCheckpointHook
 from vmamba.mm.schedule import VMambaOptimWrapperConstructor
+from vmamba.mm.transposed_fpn import TransposedFPN
 
-__all__ = ["VMambaBackbone", "VMambaOptimWrapperConstructor"]
+__all__ = [
+    "DetectorOperatorsHook",
+    "LoadReadable",
+    "MeanLossHook",
+    "NumberedSampler",
+    "SeedByIterationHook",
+    "SeedBySample",
+    "TopAccuracy",
+    "TransposedFPN",
+    "VMambaBackbone",
+    "VMambaClassifier",
+    "VMambaEMAHook",
+    "VMambaOptimWrapperConstructor",
+    "WholeCheckpointHook",
+    "image_folder",
+]
 
 complexity.register()
+foreign.register()
 history.register()
 layers.register()
 official.register()
+saving.register()

@@ -1,13 +1,16 @@
 """Parameter groups for mmengine's optimisers: what weight decay spares, and learning rates that fall with depth."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 OPTIONS = ("decay_rate", "custom_keys", "spare_vectors")
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # what PyTorch puts into names of parameters
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -16,7 +19,8 @@ class VMambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Weight decay spares what a module's ``no_weight_decay()`` names (state matrices, skips, step-size biases, positions)
     and, unless told otherwise, vectors: norms and biases. Names and layers are those that the network itself gives to
-    timm; no rule is written twice. ``paramwise_cfg`` may have
+    timm; no rule is written twice. Models that FSDP shards (``use_orig_params=True``) have the same groups.
+    ``paramwise_cfg`` may have
 
     - ``decay_rate``: the learning rate of a layer over that of the next, 1 by default: in (0, 1]. What comes after the
       backbone learns at the full rate (BEiT, arXiv:2106.08254);
@@ -42,10 +46,12 @@ class VMambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append a group per learning rate and weight decay to ``params``."""
         groups: dict[tuple[float, float], dict[str, Any]] = {}
-        spared, scales = self._spared(module), self._scales(module)
-        for name, parameter in module.named_parameters():
+        with _whole(module):
+            spared, scales = self._spared(module), self._scales(module)
+        for raw, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
+            name = _plain(raw)
             factors = self._factors(name)
             scale = scales.get(name, 1.0) * factors.get("lr_mult", 1.0)
             decay = 0.0 if name in spared else factors.get("decay_mult", 1.0)
@@ -65,7 +71,7 @@ class VMambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         }
         if self.paramwise_cfg.get("spare_vectors", True):
             named |= {name for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(".bias")}
-        return named
+        return {_plain(name) for name in named}
 
     def _scales(self, model: nn.Module) -> dict[str, float]:
         """Factors on the learning rate of the backbone's parameters by name; empty if all layers learn alike."""
@@ -79,7 +85,7 @@ class VMambaOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for prefix, module in layered:
             for name, _ in module.named_parameters():
                 layer, depth = module.get_layer_depth(f"{prefix}{name}", prefix)
-                scales[f"{prefix}{name}"] = rate ** (depth - 1 - layer)
+                scales[_plain(f"{prefix}{name}")] = rate ** (depth - 1 - layer)
         return scales
 
     def _factors(self, name: str) -> Mapping[str, float]:
@@ -97,3 +103,20 @@ def _with(model: nn.Module, method: str) -> list[tuple[str, Any]]:
         if callable(getattr(module, method, None)) and not any(prefix.startswith(outer) for outer, _ in found):
             found.append((prefix, module))
     return found
+
+
+def _plain(name: str) -> str:
+    """A parameter's name as if nothing were wrapped."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    """Inside it, parameters of a model that FSDP shards have their shapes; elsewhere they are flat and partly empty."""
+    if not isinstance(model, FullyShardedDataParallel):
+        yield
+        return
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        yield

@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from vmamba import checkpoint
+from vmamba.errors import UserError
 from vmamba.inert import inert
 
 
@@ -18,12 +19,12 @@ def fitted(source: Mapping, pyramid: nn.Module) -> dict[str, Tensor]:
     A classifier has no norms of outputs and no neck: these keep their values.
 
     Raises:
-        ValueError: a part of the body is missing or misshapen, or there is more than belongs to it: another network.
+        UserError: a part of the body is missing or misshapen, or there is more than belongs to it: another network.
     """
     native, report = checkpoint.fit(source, pyramid)
     report.missing = [name for name in report.missing if name.startswith("body.")]
     if not report.ok:
-        raise ValueError(f"the checkpoint is not of this backbone; {report}")
+        raise UserError(f"the checkpoint is not of this backbone; {report}")
     return native
 
 
@@ -31,7 +32,7 @@ def load(pyramid: nn.Module, checkpoint: str, prefix: str | None = None) -> None
     """Load the weights at a path or an address, those under ``prefix`` alone if there is one (``init_cfg``'s fields).
 
     Raises:
-        FileNotFoundError: no such file; ValueError: it is not a checkpoint, or not of this network.
+        FileNotFoundError: no such file; ValueError: it is not a checkpoint; UserError: it is of another network.
     """
     content = read(checkpoint)
     if prefix is not None:
@@ -39,7 +40,7 @@ def load(pyramid: nn.Module, checkpoint: str, prefix: str | None = None) -> None
     try:
         native = fitted(content, pyramid)
     except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from error
+        raise UserError(f"{checkpoint}: {error}") from error
     pyramid.load_state_dict(native, strict=False)
     print_log(f"backbone: {len(native)} tensors from {checkpoint}", logger="current")
 
