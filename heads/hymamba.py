@@ -4,7 +4,7 @@ MedNeXt blocks at four resolutions, Mamba blocks on the coarsest map, UNETR's de
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,11 +24,6 @@ from vmamba.unet_blocks import MAMBA, MAMBA_KEYS, ChannelNorm, ConvResidual, Une
 NORM = partial(ChannelNorm, eps=1e-6)
 
 
-def everything(x: Tensor) -> Tensor:
-    """The map itself."""
-    return x
-
-
 class MedNeXtBlock(nn.Module):
     """x + a depthwise convolution, a norm and an MLP of hidden width ``ratio`` c: (b, c, *grid) -> (b, c, *grid)."""
 
@@ -40,9 +35,9 @@ class MedNeXtBlock(nn.Module):
         self.conv2 = nn.Conv3d(dim, ratio * dim, 1, **dd)
         self.conv3 = nn.Conv3d(ratio * dim, dim, 1, **dd)
 
-    def forward(self, x: Tensor, keep: Callable[[Tensor], Tensor] = everything) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(b, c, *grid) -> (b, c, *grid)"""
-        return x + keep(self.conv3(F.gelu(self.conv2(self.norm(self.conv1(x))))))
+        return x + self.conv3(F.gelu(self.conv2(self.norm(self.conv1(x)))))
 
 
 class SkipBlock(ConvResidual):
@@ -51,16 +46,9 @@ class SkipBlock(ConvResidual):
     def __init__(self, dim: int, out_dim: int, **block):
         super().__init__(3, dim, out_dim, norm=NORM, **block)
 
-    def forward(self, x: Tensor, keep: Callable[[Tensor], Tensor] = everything) -> Tensor:
-        """(b, dim, *grid) -> (b, out_dim, *grid)"""
-        y = keep(self.act(self.norm1(self.conv1(x))))
-        return keep(self.act(self.norm2(self.conv2(y)) + self.shortcut(x)))
-
 
 class ConvEncoder(nn.Module):
     """The convolutions: (b, in_chans, *grid) -> a skip of each resolution and the coarsest map, at 1/16 of it.
-
-    ``keep`` may set parts of a map to zero: it is called wherever a later convolution could see beyond them.
 
     Args:
         in_chans: channels of the image. dims: of the stem and at each resolution.
@@ -87,15 +75,15 @@ class ConvEncoder(nn.Module):
         )
         self.skips = nn.ModuleList(SkipBlock(dim, dim, **dd) for dim in dims[1:])
 
-    def forward(self, x: Tensor, keep: Callable[[Tensor], Tensor] = everything) -> tuple[list[Tensor], Tensor]:
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """(b, in_chans, *grid) -> [(b, c, *grid / s), ...], (b, c, *grid / 16)"""
-        x, skips = keep(self.stem(x)), []
+        x, skips = self.stem(x), []
         for widen, level, skip in zip(self.widen, self.levels, self.skips, strict=True):
-            x = keep(widen(x))
-            skips.append(skip(x, keep))
+            x = widen(x)
+            skips.append(skip(x))
             x = F.max_pool3d(x, 2)
             for block in cast(nn.ModuleList, level):
-                x = block(x, keep)
+                x = block(x)
         return skips, x
 
 

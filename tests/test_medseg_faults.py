@@ -16,6 +16,7 @@ from tests.medseg_nnunet import FLAT, REGIONS, SHORT, dataset, save, write_descr
 
 pytest.importorskip("monai")
 pytest.importorskip("lightning")
+from vmamba.errors import UserError
 from vmamba.medical import safety
 from vmamba.tools.cli import main
 
@@ -199,6 +200,43 @@ def test_faults_of_prediction(root, capsys):
     refused(root, capsys, predict(root, root / "out"), folder, "no such folder")
 
 
+@pytest.mark.parametrize("name", ["affine", "NaN", "4D", "zero-size file", "truncated gzip"])
+def test_faults_of_images_to_predict(root, capsys, name):
+    assert call(*predict(root, root / "out")) == 0
+    for path in raw(root).glob("imagesTs/fäll_5_*"):
+        path.rename(path.with_name(path.name.replace("5", "1")))
+    spoil, parts = FAULTS[name]
+    folder = root / "new"
+    shutil.copytree(raw(root) / "imagesTs", folder / "imagesTr")
+    spoil(folder)
+    words = predict(root, root / "out")
+    words[words.index("-i") + 1] = folder / "imagesTr"
+    refused(root, capsys, words, *[part for part in parts if part != "one file per channel"])
+    assert len(list((root / "out").glob("*.nii.gz"))) == 2
+
+
+@pytest.mark.parametrize("name", ["affine", "spacing", "size", "NaN", "truncated", "zero-size"])
+def test_faults_of_masks_to_score(root, capsys, name):
+    truth, guess = raw(root) / "labelsTr", shutil.copytree(raw(root) / "labelsTr", root / "guess")
+    path = guess / "fäll_1.nii.gz"
+    image = nibabel.load(path)
+    data = np.asanyarray(image.dataobj).astype(np.float32)
+    shifted = image.affine.copy()
+    shifted[0, 3] += 5
+    spoil, part = {
+        "affine": (lambda: nibabel.save(nibabel.Nifti1Image(data, shifted), path), "affine differs"),
+        "spacing": (lambda: save(path, data, (1.0, 1.0, 4.0)), "spacing"),
+        "size": (lambda: save(path, data[1:]), "differs from"),
+        "NaN": (lambda: save(path, data / 0), "NaN"),
+        "truncated": (lambda: path.write_bytes(path.read_bytes()[:99]), "cannot be read"),
+        "zero-size": (lambda: path.write_bytes(b""), "0 bytes"),
+    }[name]
+    with np.errstate(all="ignore"):
+        spoil()
+    for more in ([], ["--convention", "synapse"]):
+        refused(root, capsys, ["evaluate", truth, guess, "-o", root / "s.json", QUIET, *more], "fäll_1.nii.gz", part)
+
+
 @pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")])
 def test_a_disk_that_refuses(root, capsys, monkeypatch, number, reason):
     assert call(*predict(root, root / "out")) == 0
@@ -238,6 +276,59 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(root, capsys, monkeypatch):
     assert "space left" in capsys.readouterr().err and snapshot(raw(root)) == before
     assert (fold / "checkpoint_final.pth").stat().st_size > 1000
     assert not list(fold.parent.glob("fold_1/*.pth")) and not list(fold.parent.glob("fold_1/.partial*"))
+
+
+def system(number, path=None):
+    return OSError(number, "so it is", *([str(path)] if path else []))
+
+
+def test_what_the_system_refuses_in_words(tmp_path, monkeypatch):
+    secret = tmp_path / "secret.png"
+    secret.touch()
+    monkeypatch.setattr(safety.os, "access", lambda path, _: str(path) != str(secret))
+    cases = {
+        system(errno.ENOSPC): f"{tmp_path}: cannot be written (so it is); {safety.UNHARMED}",
+        system(errno.EROFS, "a/b.png"): f"a/b.png: cannot be written (so it is); {safety.UNHARMED}",
+        system(errno.EACCES, tmp_path): f"{tmp_path}: cannot be written (so it is); {safety.UNHARMED}",
+        system(errno.EACCES, secret): f"{secret}: cannot be read (so it is); change its permissions or copy it",
+        system(errno.ENOENT, "a/b.png"): "a/b.png: so it is",
+        system(errno.EIO, "a/b.png"): "a/b.png: so it is",
+        system(errno.EMFILE): "the system refused: so it is",
+        system(errno.EADDRINUSE): "the system refused: so it is",
+    }
+    for error, line in cases.items():
+        with pytest.raises(UserError) as caught, safety.refusals(tmp_path):
+            raise error
+        assert str(caught.value) == line
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has ...")
+    with pytest.raises(UserError, match=r"^CUDA out of memory; a smaller --batch-size"), safety.refusals(tmp_path):
+        raise full
+    for error in (OSError("a library's"), BrokenPipeError(errno.EPIPE, "enough"), RuntimeError("no file")):
+        with pytest.raises(type(error)) as caught, safety.refusals(tmp_path):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("name", safety.RANKS)
+def test_processes_of_one_training_share_its_folder(tmp_path, monkeypatch, name):
+    with safety.only_writer(tmp_path):
+        with pytest.raises(UserError, match="another process"), safety.only_writer(tmp_path):
+            pass
+        monkeypatch.setenv(name, "1")
+        with safety.only_writer(tmp_path):
+            pass
+
+
+def test_dry_runs_print_the_plan_and_write_nothing(root, capsys):
+    before, place = snapshot(root), ["--root", root]
+    assert call("plan", "-d", 7, *place, "--dry-run", QUIET) == 0
+    small = capsys.readouterr().out
+    assert call("plan", "-d", 7, *place, "--dry-run", "-gpu_memory_target", 0.01, QUIET) == 0
+    assert capsys.readouterr().out != small and "3d_fullres" in small
+    assert call("train", 7, "2d", 0, 1, *place, *FLAT, *SHORT, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert text.count("4 case(s) to train, 1 to validate") == 2 and "2 stages" in text and "GiB" in text
+    assert "adamw 0.003" in text and "2 epochs of 3 + 1 steps" in text and snapshot(root) == before
 
 
 def test_an_interrupted_prediction_goes_on(root, capsys, monkeypatch):

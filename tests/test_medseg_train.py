@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from vmamba.medical.evaluate import CONVENTIONS
 from vmamba.medical.predict import Predictor
 from vmamba.medical.runs import load_checkpoint, resumed
+from vmamba.medical.safety import LOCK
 from vmamba.medical.spec import Settings
 from vmamba.medical.train import Hardware, Interrupted, train
 
@@ -59,7 +60,7 @@ def deep(tmp_path_factory):
 def test_run_folder(flat):
     data, folder = flat
     names = {"config.json", "metrics.csv", "curves.png", "best.ckpt", "last.ckpt", "summary.json"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {*names, LOCK}
     summary, config = (json.loads((folder / name).read_text()) for name in ("summary.json", "config.json"))
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 19
@@ -93,7 +94,7 @@ def test_pictures_predict_and_evaluate(flat, tmp_path, capsys):
         assert probabilities.shape == (2, 28, 36) and np.allclose(probabilities.sum(0), 1, atol=1e-5)
         assert np.array_equal(probabilities.argmax(0) * 255, mask)
     assert len(list((out / "overlays").iterdir())) == 6
-    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [LOCK]
 
     (out / "c0.png").unlink()
     (out / "c1.png").write_bytes(b"kept")

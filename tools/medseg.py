@@ -9,7 +9,15 @@ from typing import Any
 
 from vmamba.errors import UserError
 
-PARTS = ("medseg_data", "medseg_train", "medseg_predict", "medseg_score")  # each adds some of the commands
+PARTS = (  # each adds some of the commands
+    "medseg_data",
+    "medseg_train",
+    "medseg_pretrain",
+    "medseg_predict",
+    "medseg_score",
+    "medseg_benchmark",
+    "medseg_compare",
+)
 NEEDED = ("lightning", "monai", "nibabel", "matplotlib", "sklearn")
 
 

@@ -56,13 +56,12 @@ def run_plan(args: argparse.Namespace) -> int:
     from vmamba.medical.plan import make_plans
     from vmamba.medical.raw import Places, find_dataset
 
-    places, progress = Places.find(args.root), not args.no_progress
+    places, progress, memory = Places.find(args.root), not args.no_progress, args.gpu_memory_target
     for which in args.d:
         if args.dry_run:
             dataset = find_dataset(places, which)
-            path, plans = dataset.folder, make_plans(dataset, fingerprint(dataset, progress), args.p)
+            path, plans = dataset.folder, make_plans(dataset, fingerprint(dataset, progress), args.p, memory)
         else:
-            memory = args.gpu_memory_target
             path, plans = write_plans(places, which, args.p, memory, overwrite=args.overwrite, progress=progress)
         print(describe(plans, str(path)))
     return 0

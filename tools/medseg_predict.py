@@ -57,6 +57,8 @@ def _add_predict(commands: Any) -> None:
     )
     parser.add_argument("--overlay", action="store_true", help="also overlays/NAME.png")
     parser.add_argument("--device", "-device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    words = "bf16-mixed, 16-mixed or 32-true (default: bf16-mixed on a GPU that has it)"
+    parser.add_argument("--precision", default="auto", metavar="WORD", help=f"of a model folder: {words}")
     parser.add_argument("--trust", action="store_true", help="run the code that a foreign checkpoint may hold")
     finished = parser.add_mutually_exclusive_group()
     finished.add_argument("--overwrite", action="store_true", help="replace masks that exist (default: they are kept)")
@@ -93,7 +95,7 @@ def _model_folder(args: argparse.Namespace, folder: Path) -> int:
         raise UserError(f"-i: {len(args.input)} inputs; expected one folder of NAME_0000 ... files")
     device, model = choose_device(args.device), open_model(folder)
     trained = load_folds(model, args.f, args.chk, device, args.trust)
-    window = Window(args.step_size, not args.disable_tta, device=device)
+    window = Window(args.step_size, not args.disable_tta, device=device, precision=args.precision)
     wish = Wish(args.save_probabilities, args.overwrite, args.num_parts, args.part_id, not args.no_progress)
     written = predict_folder(args.input[0], args.output, model, trained, window, wish)
     if args.overlay:

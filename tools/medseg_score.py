@@ -17,12 +17,12 @@ PLOT = "example:\n  vmamba medseg plot -i imagesTs -p predicted -r labelsTs -o p
 def add_commands(commands: Any) -> None:
     """Adds the two commands."""
     parser = command(commands, "evaluate", "score predicted masks by case and class", EVALUATE, run_evaluate)
-    parser.add_argument("truth", type=Path, metavar="GT_DIR", help="folder of true masks")
+    parser.add_argument("truth", type=Path, metavar="GT_DIR", help="folder of true masks, or a paper's layout")
     parser.add_argument("predicted", type=Path, metavar="PRED_DIR", help="folder of predicted masks of the same names")
     parser.add_argument("-o", "--output", type=Path, metavar="summary.json", help="also written as .csv beside it")
     parser.add_argument("-djfile", type=Path, metavar="dataset.json", help="labels, regions and the ignore label")
     parser.add_argument(
-        "--convention", default="nnunet", help="nnunet (default), or the papers': isic, synapse, acdc; never mix them"
+        "--convention", help="nnunet (default), or the papers': isic, synapse, acdc (default of their layouts)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing summary")
 
@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """vmamba medseg evaluate"""
-    from vmamba.medical.conventions import evaluate_by
+    from vmamba.medical.conventions import convention_of, evaluate_by
     from vmamba.medical.evaluate import evaluate, table
     from vmamba.medical.labelset import label_set
     from vmamba.medical.raw import read_dataset_json
@@ -45,7 +45,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     labels = label_set(read_dataset_json(args.djfile), str(args.djfile)) if args.djfile else None
     progress = not args.no_progress
     options = {"labels": labels, "overwrite": args.overwrite, "progress": progress}
-    score = evaluate if args.convention == "nnunet" else partial(evaluate_by, args.convention)
+    convention = args.convention or convention_of(args.truth)
+    score = evaluate if convention == "nnunet" else partial(evaluate_by, convention)
     print(table(score(args.truth, args.predicted, args.output, **options)))
     return 0
 

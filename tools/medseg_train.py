@@ -3,6 +3,7 @@
 import argparse
 import ast
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ EXAMPLES = """examples:
   vmamba medseg train 900 3d_fullres 0 1 2 3 4 --npz --root demo
   vmamba medseg train -o runs/mri --preset small --epochs 30 --batch-size 8
   vmamba medseg train --data DIR -o runs/first        (DIR/images/NAME.png, DIR/labels/NAME.png, or .nii.gz)
-  vmamba medseg train --data DIR -o runs/first --resume"""
+  vmamba medseg train --data DIR -o runs/first --resume
+  vmamba medseg train --data Synapse -o runs/synapse --recipe msvm-synapse       (or ISIC, ACDC: docs/medseg.md)"""
 BOTH: dict[str, dict[str, Any]] = {
     "--preset": {"help": "published, or small (for a CPU; VM-UNet only)"},
     "--epochs": {"type": int, "help": "default 1000 for a data set, 300 for a folder"},
@@ -33,11 +35,13 @@ DATASET: dict[str, dict[str, Any]] = {
     "--optimizer": {"choices": ("sgd", "adamw"), "help": "default sgd"},
 }
 FOLDER: dict[str, dict[str, Any]] = {
-    "--data": {"help": "folder with images/ and labels/ (default: the MRI in nilearn's wheel)"},
+    "--data": {"help": "folder with images/ and labels/, or ISIC, Synapse, ACDC (default: the MRI in nilearn's wheel)"},
+    "--recipe": {"help": "how a paper trains, such as vmunet-isic or msvm-synapse (default: plain, or the layout's)"},
     "--model": {"help": "network of vmamba list (default vmunet)"},
     "--min-lr": {"type": float, "help": "the cosine's last rate (default 1e-5)"},
+    "--size": {"type": int, "nargs": 2, "metavar": "N", "help": "height and width that every slice is brought to"},
     "--axis": {"type": int, "choices": (0, 1, 2), "help": "axis across which volumes are cut (default 2)"},
-    "--normalisation": {"help": "zscore or minmax over each case, dataset (z-score over all training cases) or none"},
+    "--normalisation": {"help": "zscore or minmax over each case, dataset (z-score over all training cases), none ..."},
     "--val-fraction": {"type": float, "help": "share of the cases that validate (default 0.2)"},
     "--max-minutes": {"type": float, "help": "end after this time, the cosine with it"},
 }
@@ -57,6 +61,10 @@ def add_commands(commands: Any) -> None:
         for flag, options in table.items():
             group.add_argument(flag, default=argparse.SUPPRESS, **options)
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="option of the network, repeatable")
+    text = "weights to start from: encoder.ckpt of medseg pretrain, or another training's"
+    flags, unless = ("-pretrained_weights", "--pretrained"), argparse.SUPPRESS
+    parser.add_argument(*flags, dest="pretrained", default=unless, metavar="FILE", help=text)
+    parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, write nothing")
     parser.add_argument("--resume", "--c", action="store_true", help="continue after the last whole epoch")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing training")
     parser.add_argument("--npz", action="store_true", help="keep the validation cases' probabilities")
@@ -66,7 +74,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--accelerator", "-device", default="auto", help="auto, cpu, gpu")
     parser.add_argument("--devices", default="auto", help="number of devices (default: all)")
     parser.add_argument("--strategy", default="auto", help="Lightning's strategy: auto, ddp, fsdp ...")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load and augment (default 0)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that load and augment (default: 12 beside a GPU, else 0)"
+    )
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -76,7 +86,7 @@ def run_train(args: argparse.Namespace) -> int:
     strange = [flag for flag in (FOLDER if args.dataset else DATASET) if hasattr(args, _name(flag))]
     if strange:
         raise UserError(f"{', '.join(strange)}: only {'without' if args.dataset else 'with'} DATASET")
-    network = dict(_option(text) for text in args.set or ())
+    network = dict(network_option(text) for text in args.set or ())
     hardware = Hardware(args.accelerator, args.devices, args.strategy, args.workers, not args.no_progress)
     try:
         return (_dataset if args.dataset else _folder)(args, network, hardware)
@@ -88,6 +98,7 @@ def run_train(args: argparse.Namespace) -> int:
 def _dataset(args: argparse.Namespace, network: dict[str, Any], hardware: Any) -> int:
     from vmamba.medical.checks import check_fold, check_preset
     from vmamba.medical.crossval import gather
+    from vmamba.medical.dry_run import describe_fold
     from vmamba.medical.evaluate import table
     from vmamba.medical.fold_module import FoldSettings
     from vmamba.medical.fold_train import After, train_fold
@@ -102,6 +113,8 @@ def _dataset(args: argparse.Namespace, network: dict[str, Any], hardware: Any) -
     settings = FoldSettings(**{**given, "trainer": args.tr, "network": options})
     job = open_job(Places.find(args.root), args.dataset, args.configuration, args.tr, args.p)
     check_fold(settings, job.configuration)
+    if args.dry_run:
+        return _say(describe_fold(job, fold, settings) for fold in args.folds)
     after = After(args.npz, args.val_best, args.val, not args.disable_tta)
     for fold in args.folds:
         summary = train_fold(job, fold, settings, hardware, resume=args.resume, overwrite=args.overwrite, after=after)
@@ -115,20 +128,32 @@ def _dataset(args: argparse.Namespace, network: dict[str, Any], hardware: Any) -
 
 def _folder(args: argparse.Namespace, network: dict[str, Any], hardware: Any) -> int:
     from vmamba.medical.checks import check_settings
+    from vmamba.medical.dry_run import describe_run
+    from vmamba.medical.recipes import settings_for
     from vmamba.medical.runs import resumed
     from vmamba.medical.spec import Settings
     from vmamba.medical.train import train
 
-    if args.output is None:
+    if args.output is None and (args.resume or not args.dry_run):
         raise UserError("train: expected -o RUN, or DATASET CONFIG FOLD")
+    run = args.output or Path()
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     if network:
         given["network"] = network
-    settings = resumed(args.output, given) if args.resume else Settings(**given)
+    settings = resumed(run, given) if args.resume else settings_for(given)
     check_settings(settings)
-    summary = train(args.output, settings, hardware=hardware, resume=args.resume, overwrite=args.overwrite)
+    if args.dry_run:
+        return _say([describe_run(settings)])
+    summary = train(run, settings, hardware=hardware, resume=args.resume, overwrite=args.overwrite)
     if summary:
-        print(f"{args.output}: best validation Dice {summary['best_val_dice']:.4f} (epoch {summary['best_epoch']})")
+        best = f"{summary['best_val_dice']:.4f} in the best epoch, {summary['best_epoch']} ({summary['best_by']})"
+        print(f"{run}: validation Dice {best}")
+    return 0
+
+
+def _say(texts: Iterable[str]) -> int:
+    for text in texts:
+        print(text)
     return 0
 
 
@@ -136,7 +161,8 @@ def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def _option(text: str) -> tuple[str, Any]:
+def network_option(text: str) -> tuple[str, Any]:
+    """Key and value of --set KEY=VALUE."""
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
         raise UserError(f"--set {text}: expected KEY=VALUE, such as dims=48,96,192,384")

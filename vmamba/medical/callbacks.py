@@ -33,6 +33,7 @@ class MetricsFile(Callback):
             "train_loss": float(metrics["train_loss_epoch"]),
             "val_dice": float(metrics["val_dice"]),
             **cast(dict[str, float], pl_module.history),
+            **({"val_loss": float(metrics["val_loss"])} if "val_loss" in metrics else {}),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - self.start, 2),
         }
@@ -77,11 +78,11 @@ class Budget(Callback):
 
 
 class Keep(ModelCheckpoint):
-    """RUN/NAME.ckpt after each epoch, or after those where ``monitor`` is highest so far; the folder may move."""
+    """RUN/NAME.ckpt after each epoch, or after those where ``monitor`` is best so far; the folder may move."""
 
-    def __init__(self, run: Path, name: str, monitor: str | None) -> None:
+    def __init__(self, run: Path, name: str, monitor: str | None, mode: str = "max") -> None:
         super().__init__(
-            run, name, monitor=monitor, mode="max", save_on_train_epoch_end=True, enable_version_counter=False
+            run, name, monitor=monitor, mode=mode, save_on_train_epoch_end=True, enable_version_counter=False
         )
         self.path = str(run.resolve() / f"{name}.ckpt")
 

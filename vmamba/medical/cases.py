@@ -11,6 +11,7 @@ VOLUMES = (".nii.gz", ".nii")
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 IMAGES = (*VOLUMES, *LOSSLESS, ".jpg", ".jpeg")
 LABELS = (*VOLUMES, *LOSSLESS)
+ARRAYS = (".npy.h5", ".h5", ".npz")  # image and label in one file
 _CHANNEL = re.compile(r"_\d{4}$")
 
 
@@ -34,9 +35,19 @@ def is_volume(path: Path) -> bool:
     return ending(path, VOLUMES) is not None
 
 
+def is_array(path: Path) -> bool:
+    """Whether ``path`` is a file of arrays by its name."""
+    return ending(path, ARRAYS) is not None
+
+
+def is_deep(path: Path) -> bool:
+    """Whether ``path`` is read as (x, y, z), to be cut along an axis; a picture is one slice."""
+    return is_volume(path) or is_array(path)
+
+
 def stem(path: Path) -> str:
     """The file name without its image ending: ``a/b.nii.gz`` -> ``b``."""
-    return path.name[: len(path.name) - len(ending(path) or "")]
+    return path.name[: len(path.name) - len(ending(path, (*IMAGES, *ARRAYS)) or "")]
 
 
 def list_images(folder: Path, endings: Sequence[str] = IMAGES) -> dict[str, Path]:
@@ -92,10 +103,10 @@ def input_cases(inputs: Sequence[Path], files: int, suffix: bool) -> list[Case]:
     paths: list[Path] = []
     for item in inputs:
         if item.is_dir():
-            paths += list_images(item).values()
+            paths += (list_images(item) or list_images(item, ARRAYS)).values()
         elif not item.is_file():
             raise UserError(f"{item}: no such file or folder; expected images ending in {', '.join(IMAGES)}")
-        elif ending(item) is None:
+        elif ending(item, (*IMAGES, *ARRAYS)) is None:
             raise UserError(f"{item}: not an image; expected a file ending in {', '.join(IMAGES)}")
         else:
             paths.append(item)

@@ -8,19 +8,21 @@ from vmamba.medical.fold_module import OPTIMISERS, FoldSettings
 from vmamba.medical.networks import TRAINERS, network_name
 from vmamba.medical.patches import AUGMENTATIONS as FOLD_AUGMENTATIONS
 from vmamba.medical.plan import Configuration
+from vmamba.medical.recipes import RECIPES
 from vmamba.medical.spec import PRESETS, Settings
 from vmamba.medical.transforms import AUGMENTATIONS, NORMALISATIONS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-_NAMED = {"normalisation": NORMALISATIONS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
+_NAMED = {"recipe": RECIPES, "normalisation": NORMALISATIONS, "augmentation": AUGMENTATIONS, "precision": PRECISIONS}
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "lr": (lambda v: v > 0, "a rate above 0, such as 1e-3"),
     "min_lr": (lambda v: v >= 0, "a rate of 0 or more"),
     "weight_decay": (lambda v: v >= 0, "0 or more"),
-    "val_fraction": (lambda v: 0 < v < 1, "a share between 0 and 1"),
+    "val_fraction": (lambda v: 0 <= v < 1, "a share between 0 and 1"),
     "seed": (lambda v: v >= 0, "0 or more"),
+    "size": (lambda v: v is None or (len(v) == 2 and min(v) >= 1), "height and width"),
     "patch": (lambda v: v is None or len(v) in (1, 2), "one or two numbers"),
     "max_minutes": (lambda v: v is None or v > 0, "a time above 0"),
 }

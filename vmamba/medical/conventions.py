@@ -5,6 +5,7 @@ and ``acdc``: Dice and HD95 of each volume and class, then their mean (TransUNet
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binar
 from tqdm import tqdm
 
 from vmamba.errors import UserError
-from vmamba.medical.evaluate import classes_of, paired
+from vmamba.medical.evaluate import check_new, classes_or, paired, write_summary
 from vmamba.medical.labelset import LabelSet
+from vmamba.medical.layout import Layout
+from vmamba.medical.layouts import find_layout
 from vmamba.medical.readers import check_pair, read_label
-from vmamba.medical.runs import write_json
+from vmamba.medical.resize import RESIZERS, nearest
 
 Pair = tuple[np.ndarray, np.ndarray]
 WORDS = {
@@ -41,10 +44,19 @@ def _surface(mask: np.ndarray) -> np.ndarray:
 
 def pooled(pairs: Sequence[Pair]) -> dict[str, float]:
     """mIoU, DSC, accuracy, sensitivity, specificity of all (truth, prediction) masks together; 0 where 0/0."""
-    tp = sum(int(np.count_nonzero(t & p)) for t, p in pairs)
-    fp = sum(int(np.count_nonzero(~t & p)) for t, p in pairs)
-    fn = sum(int(np.count_nonzero(t & ~p)) for t, p in pairs)
-    tn = sum(t.size for t, _ in pairs) - tp - fp - fn
+    return shares([counts(truth, predicted) for truth, predicted in pairs])
+
+
+def counts(truth: np.ndarray, predicted: np.ndarray) -> dict[str, int]:
+    """TP, FP, FN, TN of two masks."""
+    tp, fp = np.count_nonzero(truth & predicted), np.count_nonzero(~truth & predicted)
+    fn = np.count_nonzero(truth & ~predicted)
+    return {"TP": int(tp), "FP": int(fp), "FN": int(fn), "TN": truth.size - int(tp) - int(fp) - int(fn)}
+
+
+def shares(rows: Sequence[dict[str, int]]) -> dict[str, float]:
+    """The figures of :func:`pooled` of the counts of each image."""
+    tp, fp, fn, tn = (sum(row[name] for row in rows) for name in ("TP", "FP", "FN", "TN"))
     figures = {
         "mIoU": (tp, tp + fp + fn),
         "DSC": (2 * tp, 2 * tp + fp + fn),
@@ -65,33 +77,61 @@ def volume_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return {"Dice": float(dice), "HD95": hd95(truth, predicted)}
 
 
-def _isic(pairs: Sequence[tuple[Path, Path]], _labels: LabelSet, _unit: int, progress: bool) -> dict[str, Any]:
-    masks = [tuple(label > 0 for label in labels) for labels in _read(pairs, progress)]
-    return {"conventions": WORDS["isic"], "pooled": pooled([(t, p) for t, p in masks]), "images": len(masks)}
+@dataclass
+class Task:
+    """What a convention is applied to: (truth, prediction) files, classes times ``unit``, and their layout or None."""
+
+    pairs: Sequence[tuple[Path, Path]]
+    labels: LabelSet
+    unit: int
+    layout: Layout | None
+    progress: bool
+
+    def read(self) -> Iterator[tuple[Path, Path, np.ndarray, np.ndarray]]:
+        """Both files of each pair and their label values (s, h, w)."""
+        for truth, predicted in tqdm(self.pairs, desc="evaluate", unit="case", disable=not self.progress):
+            one, two = read_label(truth, 2), read_label(predicted, 2)
+            check_pair(one[:, None], two, [truth], predicted)
+            yield truth, predicted, one, two
 
 
-def _volumes(pairs: Sequence[tuple[Path, Path]], labels: LabelSet, unit: int, progress: bool) -> dict[str, Any]:
+def _isic(task: Task) -> dict[str, Any]:
+    size = task.layout.scored_at if task.layout else None
     cases = []
-    for (truth, predicted), (one, two) in zip(pairs, _read(pairs, progress), strict=True):
-        one, two = one // unit, two // unit
+    for truth, predicted, one, two in task.read():
+        if task.layout:
+            one = task.layout.label(truth)
+        if size:
+            one, two = RESIZERS["bilinear"].label(one, size), nearest(two, size)
+        cases.append(_row(truth, predicted, {"1": counts(one > 0, two > 0)}))
+    words = WORDS["isic"] + (f"; compared at {size[0]} x {size[1]}, as the papers do" if size else "")
+    figures = shares([case["metrics"]["1"] for case in cases])
+    return {"conventions": words, "pooled": figures, "images": len(cases), "metric_per_case": cases}
+
+
+def _volumes(task: Task) -> dict[str, Any]:
+    labels, cases = task.labels, []
+    for truth, predicted, one, two in task.read():
+        one, two = one // task.unit, two // task.unit
         metrics = {
             key: volume_scores(np.isin(one, values), np.isin(two, values))
             for key, values in zip(labels.keys, labels.targets, strict=True)
         }
-        cases.append({"metrics": metrics, "prediction_file": str(predicted), "reference_file": str(truth)})
+        cases.append(_row(truth, predicted, metrics))
     mean = {k: {m: float(np.mean([c["metrics"][k][m] for c in cases])) for m in ("Dice", "HD95")} for k in labels.keys}
     total = {m: float(np.mean([row[m] for row in mean.values()])) for m in ("Dice", "HD95")}
-    return {"conventions": WORDS["volumes"], "foreground_mean": total, "mean": mean, "metric_per_case": cases}
+    names = dict(zip(labels.keys, labels.names, strict=True))
+    return {
+        **{"conventions": WORDS["volumes"], "names": names, "foreground_mean": total, "mean": mean},
+        "metric_per_case": cases,
+    }
 
 
-def _read(pairs: Sequence[tuple[Path, Path]], progress: bool) -> Iterator[Pair]:
-    for truth, predicted in tqdm(pairs, desc="evaluate", unit="case", disable=not progress):
-        one, two = read_label(truth, 2), read_label(predicted, 2)
-        check_pair(one[:, None], two, [truth], predicted)
-        yield one, two
+def _row(truth: Path, predicted: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {"metrics": metrics, "prediction_file": str(predicted), "reference_file": str(truth)}
 
 
-BY_NAME: dict[str, Callable[..., dict[str, Any]]] = {"isic": _isic, "synapse": _volumes, "acdc": _volumes}
+BY_NAME: dict[str, Callable[[Task], dict[str, Any]]] = {"isic": _isic, "synapse": _volumes, "acdc": _volumes}
 
 
 def evaluate_by(
@@ -104,15 +144,20 @@ def evaluate_by(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The summary of two folders of masks by the convention ``name``; written to ``output`` if that is given."""
+    """The summary of two folders of masks by the convention ``name``; written with a .csv if ``output`` is given.
+
+    ``truth`` may be the folder of a paper's layout: its tested cases, classes and size are taken.
+    """
     if name not in BY_NAME:
         raise UserError(f"--convention {name}: unknown; choose from nnunet, {', '.join(BY_NAME)}")
-    if output and output.exists() and not overwrite:
-        raise UserError(f"{output}: exists; give another name or --overwrite")
+    check_new(output, overwrite)
     pairs = paired(truth, predicted)
-    labels, unit = (labels, 1) if labels else classes_of(pairs)
-    summary = BY_NAME[name](pairs, labels, unit, progress)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, {"convention": name, **summary})
-    return summary
+    labels, unit = classes_or(labels, truth, pairs)
+    summary = BY_NAME[name](Task(pairs, labels, unit, find_layout(truth), progress))
+    return write_summary(output, {"convention": name, **summary})
+
+
+def convention_of(truth: Path) -> str:
+    """The convention of the layout that ``truth`` has, else nnU-Net's."""
+    layout = find_layout(truth)
+    return layout.convention if layout else "nnunet"

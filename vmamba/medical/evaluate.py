@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from vmamba.errors import UserError
-from vmamba.medical.cases import LABELS, list_images
+from vmamba.medical.cases import ARRAYS, LABELS, list_images
 from vmamba.medical.labels import label_values, summary
 from vmamba.medical.labelset import LabelSet, classes
+from vmamba.medical.layouts import find_layout
 from vmamba.medical.readers import check_pair, read_label
 from vmamba.medical.runs import write_json
 from vmamba.medical.safety import replacing
@@ -38,25 +39,51 @@ def evaluate(
 ) -> dict:
     """Compares the masks of two folders by name; writes summary.json and the .csv beside it if ``output`` is given.
 
-    ``labels`` are those of a dataset.json; without them the classes are the values found.
+    ``truth`` may also be the folder of a paper's layout. ``labels`` are those of a dataset.json; without them the
+    classes are those of the layout, or the values found.
     """
-    table = output.with_suffix(".csv") if output else None
-    for path in (output, table):
-        if path and path.exists() and not overwrite:
-            raise UserError(f"{path}: exists; give another name or --overwrite")
+    check_new(output, overwrite)
     pairs = paired(truth, predicted)
-    labels, unit = (labels, 1) if labels else classes_of(pairs)
+    labels, unit = classes_or(labels, truth, pairs)
     result = evaluate_pairs(pairs, labels, unit=unit, progress=progress)
-    if output and table:
+    return write_summary(output, {"convention": "nnunet", **result})
+
+
+def check_new(output: Path | None, overwrite: bool) -> None:
+    """UserError if summary.json or the .csv beside it exist and may not be replaced."""
+    for path in (output, output.with_suffix(".csv")) if output else ():
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists; give another name or --overwrite")
+
+
+def write_summary(output: Path | None, summary: dict[str, Any]) -> dict[str, Any]:
+    """Writes summary.json and the .csv beside it if ``output`` is given; returns the summary."""
+    if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, result)
-        write_csv(table, result)
-    return result
+        write_json(output, summary)
+        write_csv(output.with_suffix(".csv"), summary)
+    return summary
+
+
+def classes_or(labels: LabelSet | None, truth: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[LabelSet, int]:
+    """(classes, the value of the first): as given, as the layout of ``truth`` has them, or as found in the files."""
+    layout = find_layout(truth)
+    if labels is None and layout and not layout.binary:
+        return layout.labels, 1
+    return (labels, 1) if labels else classes_of(pairs)
 
 
 def paired(truth: Path, predicted: Path) -> list[tuple[Path, Path]]:
-    """(truth, prediction) files of the same names in two folders; UserError if a mask has no prediction."""
-    references, guesses = list_images(truth, LABELS), list_images(predicted, LABELS)
+    """(truth, prediction) files of the same names in two folders; UserError if a mask has no prediction.
+
+    ``truth`` may hold masks, files of arrays, or a paper's layout, whose tested cases are taken.
+    """
+    layout = find_layout(truth)
+    if layout:
+        references = {case.name: case.label for case in layout.tested(truth) if case.label}
+    else:
+        references = list_images(truth, LABELS) or list_images(truth, ARRAYS)
+    guesses = list_images(predicted, LABELS)
     if not references:
         raise UserError(f"{truth}: holds no masks; expected files ending in {', '.join(LABELS)}")
     for name, path in references.items():
@@ -144,10 +171,13 @@ def write_csv(path: Path, summary: dict[str, Any]) -> None:
 
 def table(summary: dict[str, Any]) -> str:
     """The means as a few lines of text."""
+    cases = f"({len(summary['metric_per_case'])} case(s), convention {summary.get('convention', 'nnunet')})"
     if "pooled" in summary:
-        return "\n".join(f"{name:<12}{value:>8.4f}" for name, value in summary["pooled"].items())
+        return "\n".join([*(f"{name:<12}{value:>8.4f}" for name, value in summary["pooled"].items()), cases])
     metrics = [name for name in ("Dice", "IoU", "HD95") if name in summary["foreground_mean"]]
-    lines = ["class   " + "".join(f"{m:>8}" for m in metrics) + f"   ({len(summary['metric_per_case'])} case(s))"]
-    for name, row in [*summary["mean"].items(), ("mean", summary["foreground_mean"])]:
-        lines.append(f"{name:<8}" + "".join(f"{row[m]:>8.4f}" for m in metrics))
+    names = {key: summary.get("names", {}).get(key, key) for key in summary["mean"]}
+    width = max(8, *(len(name) + 1 for name in names.values()))
+    lines = [f"{'class':<{width}}" + "".join(f"{m:>8}" for m in metrics) + f"   {cases}"]
+    for key, row in [*summary["mean"].items(), ("mean", summary["foreground_mean"])]:
+        lines.append(f"{names.get(key, key):<{width}}" + "".join(f"{row[m]:>8.4f}" for m in metrics))
     return "\n".join(lines)

@@ -10,29 +10,42 @@ from torch import Tensor
 from vmamba.medical.labelset import LabelSet
 from vmamba.medical.plan import Configuration
 from vmamba.medical.preprocess import Crop
-from vmamba.medical.resample import coarse_axis, resample
+from vmamba.medical.resample import coarse_axis, resample_maps
 from vmamba.medical.safety import replacing
 from vmamba.medical.volume import original_axes, write_label
 
 
-def file_probabilities(
+def file_probabilities(logits: Tensor, crop: Crop, labels: LabelSet, plans: dict[str, Any], c: Configuration) -> Tensor:
+    """Probabilities (k, z, y, x) float32 in the voxels and axes of the case's file; background outside of the crop.
+
+    Made where the logits lie, or in main memory if there is no space for them there.
+    """
+    try:
+        return _file_probabilities(logits, crop, labels, plans, c)
+    except torch.OutOfMemoryError:
+        pass  # what the attempt holds is let go when this block ends
+    torch.cuda.empty_cache()
+    return _file_probabilities(logits.cpu(), crop, labels, plans, c)
+
+
+def _file_probabilities(
     logits: Tensor, crop: Crop, labels: LabelSet, plans: dict[str, Any], c: Configuration
-) -> np.ndarray:
-    """Probabilities (k, z, y, x) float32 in the voxels and axes of the case's file; background outside of the crop."""
+) -> Tensor:
     spacing = [*crop.spacing[: 3 - c.axes], *c.spacing]
-    maps = resample(logits.numpy(), crop.shape, coarse_axis(crop.spacing, spacing), 1)
-    inside = labels.probabilities(torch.from_numpy(maps)).numpy()
-    whole = np.zeros((len(inside), *crop.whole), np.float32)
-    if labels.order is None:
-        whole[0] = 1.0
-    whole[(slice(None), *crop.slices)] = inside
-    return whole.transpose(0, *(i + 1 for i in plans["transpose_backward"]))
+    maps = labels.probabilities(resample_maps(logits, crop.shape, coarse_axis(crop.spacing, spacing)))
+    if crop.shape != crop.whole:
+        whole = maps.new_zeros(len(maps), *crop.whole)
+        if labels.order is None:
+            whole[0] = 1.0
+        whole[(slice(None), *crop.slices)] = maps
+        maps = whole
+    return maps.permute(0, *(i + 1 for i in plans["transpose_backward"]))
 
 
-def save_case(target: Path, probabilities: np.ndarray, labels: LabelSet, like: Path, *, keep: bool) -> None:
+def save_case(target: Path, probabilities: Tensor, labels: LabelSet, like: Path, *, keep: bool) -> None:
     """Writes the mask, after NAME.npz with the probabilities if ``keep``: a mask says that its case is complete."""
     if keep:
-        save_probabilities(target, original_axes(probabilities, like))
+        save_probabilities(target, original_axes(probabilities.cpu().numpy(), like))
     write_label(target, labels.label_map(probabilities), like)
 
 

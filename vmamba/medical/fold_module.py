@@ -35,6 +35,7 @@ class FoldSettings:
     val_iterations: int = 50
     batch_size: int | None = None
     patch: list[int] | None = None
+    pretrained: str | None = None
     optimizer: str = "sgd"
     lr: float = 1e-2
     weight_decay: float = 3e-5

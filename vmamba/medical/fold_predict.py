@@ -1,16 +1,18 @@
 """Prediction with the folds of a model folder: cases in nnU-Net's names in, label maps of the same geometry out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from vmamba.errors import UserError
 from vmamba.medical.export import file_probabilities, save_case
 from vmamba.medical.model_folder import ModelFolder, Trained, load_model, write_plain
-from vmamba.medical.preprocess import preprocess_case
+from vmamba.medical.preprocess import Crop, preprocess_case
 from vmamba.medical.raw import channel_files
 from vmamba.medical.safety import only_writer
 from vmamba.medical.volume import read_volume
@@ -62,10 +64,26 @@ def predict_folder(
         todo = [(files, t) for (_, files), t in zip(groups, targets, strict=True) if wish.overwrite or not t.exists()]
         if len(todo) < len(groups):
             print(f"{output}: {len(groups) - len(todo)} of {len(groups)} already predicted, kept")
-        for files, target in tqdm(todo, desc="predict", unit="case", disable=not wish.progress):
-            image = read_volume(files, model.channels)
-            data, _, crop = preprocess_case(image, None, model.plans, model.configuration)
+        bar = tqdm(todo, desc="predict", unit="case", disable=not wish.progress)
+        for (files, target), (data, crop) in zip(bar, _prepared(model, [files for files, _ in todo]), strict=True):
             logits = volume_logits(trained, torch.from_numpy(data), window)
             maps = file_probabilities(logits, crop, model.labels, model.plans, model.configuration)
             save_case(target, maps, model.labels, files[0], keep=wish.probabilities)
     return targets
+
+
+def _prepared(model: ModelFolder, cases: Sequence[Sequence[Path]]) -> Iterator[tuple[np.ndarray, Crop]]:
+    """The cases as the networks see them; each is read while the one before is predicted."""
+
+    def read(files: Sequence[Path]) -> tuple[np.ndarray, Crop]:
+        data, _, crop = preprocess_case(read_volume(files, model.channels), None, model.plans, model.configuration)
+        return data, crop
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for files in cases:
+            waiting, ready = pool.submit(read, files), waiting
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()

@@ -17,12 +17,14 @@ from vmamba.medical.evaluate import evaluate_pairs
 from vmamba.medical.export import file_probabilities, save_case
 from vmamba.medical.fold_module import CLIP, FoldModule, FoldSettings
 from vmamba.medical.folds import fold_cases
+from vmamba.medical.imagenet import load_start
 from vmamba.medical.jobs import FINGERPRINT, Job
 from vmamba.medical.model_folder import ModelFolder, Trained, load_model, open_model, save_model, write_plain
 from vmamba.medical.networks import build, raise_patch
 from vmamba.medical.patches import Draws, PatchData, Patches
 from vmamba.medical.plots import save_curves
 from vmamba.medical.preprocess import stored_cases
+from vmamba.medical.pretrained import describe
 from vmamba.medical.quiet import quiet
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.runs import write_json
@@ -30,6 +32,7 @@ from vmamba.medical.safety import only_writer
 from vmamba.medical.train import Hardware, build_trainer, fit
 from vmamba.medical.window import Window, volume_logits
 
+SHOWN = 10  # steps from one drawing of the bar to the next beside a GPU, which has to wait for it
 FILES = ("checkpoint_best.pth", "checkpoint_final.pth", "checkpoint_latest.ckpt", "metrics.csv", "progress.png")
 
 
@@ -87,6 +90,11 @@ def _run(
     c, labels = job.configuration, job.dataset.labels
     torch.manual_seed(settings.seed)
     network = build(settings.trainer, c, len(job.dataset.channels), labels.outputs, settings.network)
+    latest = folder / "checkpoint_latest.ckpt"
+    again = resume and latest.exists()
+    if settings.pretrained and not again:
+        source = Path(settings.pretrained)
+        print(describe(load_start(network, source), source))
     patch = raise_patch(network, tuple(settings.patch or c.patch))
     batch = settings.batch_size or c.batch
     wanted = [v for target in labels.targets for v in target]
@@ -97,8 +105,6 @@ def _run(
         )
     )
     module = FoldModule(network, labels, settings, c.batch_dice)
-    latest = folder / "checkpoint_latest.ckpt"
-    again = resume and latest.exists()
     if not again:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
@@ -113,15 +119,17 @@ def _run(
     print(f"{folder}: {settings.trainer}, {size:.2f} M parameters, {len(cases[0])} + {len(cases[1])} cases")
     print(f"patches of {' x '.join(map(str, patch))}, batch {batch}, {settings.epochs} x {settings.iterations} steps")
     callbacks = [MetricsFile(folder / "metrics.csv"), Checkpoints(folder, state)]
+    bar = [Bar(SHOWN if hardware.on_gpu else 1)] if hardware.progress else []
     trainer = build_trainer(
         hardware,
-        [*callbacks, Keep(folder, latest.stem, None), *([Bar()] if hardware.progress else [])],
+        [*callbacks, Keep(folder, latest.stem, None), *bar],
         folder,
         max_epochs=settings.epochs,
         precision=settings.precision,
         gradient_clip_val=CLIP,
+        benchmark=True,  # patches have one shape
     )
-    fit(trainer, module, PatchData(train, val, hardware.workers), latest if again else None)
+    fit(trainer, module, PatchData(train, val, hardware.loaders), latest if again else None)
     save_curves(folder / "progress.png", read_metrics(folder / "metrics.csv"))
     latest.unlink(missing_ok=True)
 
@@ -151,7 +159,7 @@ def _validate(
     job: Job, model: ModelFolder, names: Sequence[str], checkpoint: Path, hardware: Hardware, after: After
 ) -> dict[str, Any]:
     trained = load_model(model, checkpoint)
-    device = torch.device("cuda" if hardware.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if hardware.on_gpu else "cpu")
     trained.network.to(device)
     folder = checkpoint.parent / "validation"
     folder.mkdir(exist_ok=True)

@@ -46,14 +46,18 @@ class LabelSet:
         """Logits (k, ...) to softmax over classes, or to a sigmoid for each region."""
         return logits.sigmoid() if self.order else logits.softmax(0)
 
-    def label_map(self, probabilities: np.ndarray) -> np.ndarray:
-        """Probabilities (k, ...) to label values: the likeliest class, or regions above 0.5 in their order."""
+    def label_map(self, probabilities: "Tensor | np.ndarray") -> np.ndarray:
+        """Probabilities (k, ...) to label values int16: the likeliest class, or regions above 0.5 in their order.
+
+        They are decided where the probabilities lie, and come to main memory then.
+        """
+        maps = torch.as_tensor(probabilities)
         if self.order is None:
-            return probabilities.argmax(0).astype(np.int64)
-        out = np.zeros(probabilities.shape[1:], np.int64)
-        for value, channel in zip(self.order, probabilities, strict=True):
+            return maps.argmax(0).short().cpu().numpy()
+        out = torch.zeros(maps.shape[1:], dtype=torch.int16, device=maps.device)
+        for value, channel in zip(self.order, maps, strict=True):
             out[channel > 0.5] = value
-        return out
+        return out.cpu().numpy()
 
     def regions(self, label: Tensor) -> Tensor:
         """Label values (b, 1, ...) to one float channel a region (b, k, ...)."""

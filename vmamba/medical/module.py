@@ -1,12 +1,13 @@
 """The network in training: DiceCE loss, AdamW, cosine, Dice over the validation slices pooled together."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from monai.losses.dice import DiceCELoss
 from monai.metrics.confusion_matrix import get_confusion_matrix
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
@@ -14,21 +15,34 @@ from torch import Tensor, nn
 import vmamba
 from vmamba.errors import UserError
 from vmamba.medical.inference import infer
+from vmamba.medical.networks import logits
+from vmamba.medical.recipe_losses import LOSSES
+from vmamba.medical.recipes import RECIPES
 from vmamba.medical.spec import Settings, Spec
 
 
 def build_network(spec: Spec) -> nn.Module:
     """The spec's network by ``vmamba.create_model``; UserError if the name or an option is unknown."""
     try:
-        return vmamba.create_model(spec.model, num_classes=len(spec.values), in_chans=spec.channels, **spec.network)
+        return vmamba.create_model(
+            spec.model, **{"num_classes": spec.outputs, "in_chans": spec.channels, **spec.network}
+        )
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         options = ", ".join(f"{k}={v}" for k, v in spec.network.items())
         raise UserError(f"network {spec.model!r} ({options or 'published options'}): {error}") from error
 
 
-def build_loss() -> nn.Module:
-    """VM-UNet's Synapse loss: cross entropy + Dice over the softmax, all classes, squared denominators, whole batch."""
-    return DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True)
+def plain(network: nn.Module, spec: Spec) -> Callable[[Tensor], Tensor]:
+    """What gives the logits: the network, or, where one output ends in a sigmoid, what comes before it."""
+    return partial(logits, network) if spec.sigmoid else network
+
+
+def class_probabilities(out: Tensor) -> Tensor:
+    """Logits (b, k, ...) to the softmax; (b, 1, ...) of one output to both classes (b, 2, ...)."""
+    if out.shape[1] > 1:
+        return out.softmax(1)
+    foreground = out.sigmoid()
+    return torch.cat([1 - foreground, foreground], 1)
 
 
 class Segmenter(pl.LightningModule):
@@ -39,7 +53,8 @@ class Segmenter(pl.LightningModule):
         self.save_hyperparameters({"spec": spec.as_dict(), "settings": settings.as_dict()})
         self.spec, self.settings = spec, settings
         self.network = build_network(spec)
-        self.loss = build_loss()
+        self.recipe = RECIPES[settings.recipe]
+        self.loss = LOSSES[self.recipe.loss]()
         self.total_steps, self.time_share = 0, 0.0
         self.counts: Tensor | None = None
         self.history: dict[str, float] = {}
@@ -47,14 +62,14 @@ class Segmenter(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         """Loss of a batch of patches."""
         image, label, _counted = batch
-        logits = self.network(image)
-        expected = (len(image), len(self.spec.values), *image.shape[2:])
-        if not isinstance(logits, Tensor) or logits.shape != expected:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        out = plain(self.network, self.spec)(image)
+        expected = (len(image), self.spec.outputs, *image.shape[2:])
+        if not isinstance(out, Tensor) or out.shape != expected:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise UserError(
                 f"network {self.spec.model!r} returned {got}, segmentation needs {expected}; try --model vmunet"
             )
-        loss = self.loss(logits.float(), label[:, None])
+        loss = self.loss(out.float(), label[:, None])
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch}; try a smaller --lr or --precision 32-true"
@@ -75,7 +90,11 @@ class Segmenter(pl.LightningModule):
         """Adds a batch of whole slices to the pooled counts."""
         image, label, counted = batch
         classes = len(self.spec.values)
-        predicted = infer(self.network, image, self.spec.patch, len(image)).argmax(1, keepdim=True)
+        out = infer(plain(self.network, self.spec), image, self.spec.patch, len(image))
+        if self.recipe.best == "val_loss":
+            loss = self.loss(out, label[:, None])
+            self.log("val_loss", loss, on_step=False, on_epoch=True, batch_size=len(image), sync_dist=True)
+        predicted = class_probabilities(out).argmax(1, keepdim=True)
         confusion = get_confusion_matrix(one_hot(predicted, classes), one_hot(label[:, None], classes))  # (b, k, 4)
         assert self.counts is not None
         self.counts += (confusion * counted[:, None, None].to(confusion)).sum(0)
@@ -93,15 +112,28 @@ class Segmenter(pl.LightningModule):
         self.history = {f"dice_{name}": d for name, d in zip(self.spec.classes[1:], dice[1:], strict=True)}
         self.log("val_dice", sum(present) / max(len(present), 1), prog_bar=True, rank_zero_only=False)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves the encoder as it is in the recipe's first epochs."""
+        encoder = getattr(self.network, "encoder", None)
+        if encoder is not None and self.current_epoch < self.recipe.frozen:
+            for parameter in encoder.parameters():
+                parameter.grad = None
+
     def rate(self, step: int) -> float:
-        """Cosine from 1 to min_lr / lr over the planned steps, or over the time allowed if that ends first."""
+        """Cosine from 1 to min_lr / lr over the planned steps, or over the time allowed if that ends first.
+
+        With the recipe's ``half_period`` the steps are epochs, and it goes up and down.
+        """
         floor = self.settings.min_lr / self.settings.lr
         done = min(max(step / max(self.total_steps, 1), self.time_share), 1.0)
+        if self.recipe.half_period:
+            done = step / self.recipe.half_period
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
     def configure_optimizers(self) -> Any:
-        """AdamW and a cosine over all steps."""
+        """AdamW and a cosine."""
         self.total_steps = int(self.trainer.estimated_stepping_batches)
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        unit = "epoch" if self.recipe.half_period else "step"
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": unit}}

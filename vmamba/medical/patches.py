@@ -74,7 +74,7 @@ class Draws:
 
 
 class Patches(Dataset):
-    """Items (image (c, *patch) float32, label values (1, *patch) int64), asked for as (epoch, index).
+    """Items (image (c, *patch) float32, label values (1, *patch) int16), asked for as (epoch, index).
 
     Args:
         cases: preprocessed cases. patch: 2 or 3 sides; 2D patches are drawn from the slices of a random depth.
@@ -115,7 +115,7 @@ class Patches(Dataset):
         sample: Any = {"image": torch.from_numpy(image), "label": torch.from_numpy(mask.astype(np.float32))}
         self.transform.set_random_state(seed=int(draw.integers(2**31)))
         sample = self.transform(sample)
-        return _plain(sample["image"]).float(), _plain(sample["label"]).round().long()
+        return _plain(sample["image"]).float(), _plain(sample["label"]).round().short()
 
 
 def cut(maps: np.ndarray, origin: Sequence[int], size: Sequence[int], value: float) -> np.ndarray:
@@ -168,6 +168,11 @@ class PatchData(pl.LightningDataModule):
             pin_memory=pinned,
             persistent_workers=self.workers > 0,
         )
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Labels become int64 where they are used: two bytes a voxel travel, not eight."""
+        image, label = batch
+        return image, label.long()
 
     def train_dataloader(self) -> DataLoader:
         """Augmented patches."""

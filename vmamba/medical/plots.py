@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2", "#999999")
 OPACITY = 0.65
 
 
@@ -73,7 +73,9 @@ def save_overlay(
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=12)
     handles = [Patch(color=_colour(k), label=classes[k]) for k in range(1, min(len(classes), 13))]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=11)
+    room = int(72 * figure.get_figwidth() / (45 + 6 * max(map(len, classes))))  # columns of the legend, in points
+    columns = max(min(len(handles), 6, room), 1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
     if title:
         figure.suptitle(title, fontsize=13)
     figure.savefig(path, dpi=100)

@@ -1,6 +1,5 @@
 """Prediction: files in, masks of the same geometry out; finished ones are kept, so that a stopped run goes on."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,15 @@ from torch import nn
 from tqdm import tqdm
 
 from vmamba.errors import UserError
-from vmamba.medical.cases import Case, ending, input_cases, is_volume
+from vmamba.medical.cases import Case, ending, input_cases, is_array, is_volume
 from vmamba.medical.inference import infer
-from vmamba.medical.module import build_network
+from vmamba.medical.layouts import find_layout
+from vmamba.medical.module import build_network, class_probabilities, plain
 from vmamba.medical.plots import save_overlay
 from vmamba.medical.readers import read_image, restore, write_mask
+from vmamba.medical.resize import RESIZERS, nearest
 from vmamba.medical.runs import load_checkpoint
+from vmamba.medical.safety import only_writer, replacing
 from vmamba.medical.transforms import normalise
 
 
@@ -50,13 +52,15 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, image: np.ndarray) -> np.ndarray:
         """Softmax (k, s, h, w) float32 of raw slices (s, c, h, w)."""
-        stack = torch.from_numpy(normalise(image, self.spec.normalisation, self.spec.statistics))
+        spec, whole = self.spec, image.shape[2:]
+        ready = normalise(image, spec.normalisation, spec.statistics)
+        stack = torch.from_numpy(RESIZERS[spec.resize].image(ready, spec.size) if spec.size else ready)
         out = np.empty((len(self.spec.values), len(stack), *stack.shape[2:]), np.float32)
         for start in range(0, len(stack), self.batch_size):
             part = stack[start : start + self.batch_size].to(self.device)
-            logits = infer(self.network, part, self.spec.patch, self.batch_size)
-            out[:, start : start + len(part)] = logits.softmax(1).transpose(0, 1).cpu().numpy()
-        return out
+            maps = infer(plain(self.network, spec), part, spec.patch, self.batch_size)
+            out[:, start : start + len(part)] = class_probabilities(maps).transpose(0, 1).cpu().numpy()
+        return nearest(out, whole) if spec.size else out
 
 
 def predict(
@@ -66,19 +70,24 @@ def predict(
     to = to or Output()
     predictor = Predictor(checkpoint, device)
     spec = predictor.spec
-    cases = input_cases(inputs, spec.files_per_case, spec.suffix)
+    layouts = [find_layout(folder) for folder in inputs]
+    if layouts[0] and len(inputs) == 1:
+        cases = [Case(case.name, case.images) for case in layouts[0].tested(inputs[0])]
+    else:
+        cases = input_cases(inputs, spec.files_per_case, spec.suffix)
     targets = [output / f"{case.name}{_ending(case)}" for case in cases]
     for case, target in zip(cases, targets, strict=True):
         if any(target.resolve() == image.resolve() for image in case.images):
             raise UserError(f"{target}: would replace the input image; give another output folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder for the masks")
-    output.mkdir(parents=True, exist_ok=True)
-    todo = [(c, t) for c, t in zip(cases, targets, strict=True) if to.overwrite or not t.exists()]
-    if len(todo) < len(cases):
-        print(f"{output}: {len(cases) - len(todo)} of {len(cases)} already predicted, kept (--overwrite replaces them)")
-    for case, target in tqdm(todo, desc="predict", unit="case", disable=not to.progress):
-        _one(predictor, case, target, to)
+    with only_writer(output):
+        todo = [(c, t) for c, t in zip(cases, targets, strict=True) if to.overwrite or not t.exists()]
+        if len(todo) < len(cases):
+            kept = f"{len(cases) - len(todo)} of {len(cases)} already predicted, kept"
+            print(f"{output}: {kept} (--overwrite replaces them)")
+        for case, target in tqdm(todo, desc="predict", unit="case", disable=not to.progress):
+            _one(predictor, case, target, to)
     return targets
 
 
@@ -94,13 +103,13 @@ def _one(predictor: Predictor, case: Case, target: Path, to: Output) -> None:
     name = target.name[: -len(_ending(case))]
     if to.probabilities:
         whole = restore(probabilities, case.images[0], spec.axis)
-        partial = target.with_name(f".partial-{os.getpid()}-{name}.npz")
-        np.savez_compressed(partial, probabilities=whole)
-        partial.replace(target.with_name(f"{name}.npz"))
+        with replacing(target.with_name(f"{name}.npz")) as partial:
+            np.savez_compressed(partial, probabilities=whole)
     if to.overlay:
         overlay = target.parent / "overlays" / f"{name}.png"
         overlay.parent.mkdir(exist_ok=True)
-        save_overlay(overlay, image, {"prediction": classes}, spec.classes, upright=is_volume(case.images[0]))
+        with replacing(overlay) as partial:
+            save_overlay(partial, image, {"prediction": classes}, spec.classes, upright=is_volume(case.images[0]))
     write_mask(target, np.asarray(spec.values)[classes], case.images[0], spec.axis)
 
 
@@ -116,5 +125,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _ending(case: Case) -> str:
+    if is_array(case.images[0]):
+        return ".nii.gz"
     found = ending(case.images[0]) or ".png"
     return found if is_volume(case.images[0]) or found not in (".jpg", ".jpeg") else ".png"

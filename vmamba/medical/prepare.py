@@ -10,7 +10,10 @@ from vmamba.medical import mri
 from vmamba.medical.cases import has_suffix, pair_cases
 from vmamba.medical.data import Slices, Stack
 from vmamba.medical.labels import label_values, summary, to_classes
+from vmamba.medical.layout_data import Found, read_layout, resized
+from vmamba.medical.layouts import LAYOUTS, find_layout
 from vmamba.medical.readers import check_pair, read_image, read_label
+from vmamba.medical.recipes import RECIPES
 from vmamba.medical.spec import Settings, Spec
 from vmamba.medical.splits import split_cases, split_slices
 from vmamba.medical.transforms import MULTIPLE, Augment, dataset_statistics, divisible, normalise
@@ -34,9 +37,15 @@ def prepare(settings: Settings) -> Prepared:
     """Reads the data set of ``settings`` (the embedded MRI without one) into memory."""
     if settings.data is None:
         stacks, split, found = _embedded(settings)
+    elif layout := find_layout(Path(settings.data)):
+        stacks, split, found = read_layout(layout, settings)
     else:
         stacks, split, found = _folder(settings)
     train, val = stacks
+    recipe = RECIPES[settings.recipe]
+    if recipe.sigmoid and len(found.spec["values"]) > 2:
+        raise UserError(f"--recipe {settings.recipe}: is for two classes, the data have {len(found.spec['values'])}")
+    resized((*train, *val), settings.size, recipe.resize)
     statistics = dataset_statistics([s.image for s in train]) if settings.normalisation == "dataset" else None
     for stack in (*train, *val):
         stack.image = normalise(stack.image, "none", statistics)
@@ -47,18 +56,15 @@ def prepare(settings: Settings) -> Prepared:
         channels=train[0].image.shape[1],
         patch=list(patch),
         axis=settings.axis if settings.data else mri.AXIS,
+        size=settings.size,
+        resize=recipe.resize,
+        sigmoid=recipe.sigmoid,
         normalisation=settings.normalisation,
         statistics=statistics,
         **found.spec,
     )
     augment = Augment(patch, settings.augmentation)
     return Prepared(Slices(train, augment, settings.seed), Slices(val), spec, split, found.notes)
-
-
-@dataclass
-class _Found:
-    spec: dict
-    notes: list[str]
 
 
 def fit_patch(asked: list[int] | None, sizes: list[tuple[int, ...]]) -> tuple[int, int]:
@@ -74,7 +80,7 @@ def fit_patch(asked: list[int] | None, sizes: list[tuple[int, ...]]) -> tuple[in
     return min(h, LARGEST_PATCH), min(w, LARGEST_PATCH)
 
 
-def _embedded(settings: Settings) -> tuple[tuple[list[Stack], list[Stack]], dict[str, list], _Found]:
+def _embedded(settings: Settings) -> tuple[tuple[list[Stack], list[Stack]], dict[str, list], Found]:
     image, label = (np.asanyarray(v.dataobj) for v in mri.load_mri())
     blocks = mri.mri_split(label)
     slices, classes = np.moveaxis(image, mri.AXIS, 0)[:, None].astype(np.float32), np.moveaxis(label, mri.AXIS, 0)
@@ -87,11 +93,13 @@ def _embedded(settings: Settings) -> tuple[tuple[list[Stack], list[Stack]], dict
         f"{len(blocks['val'])} to validate, {len(blocks['test'])} held out, blocks {mri.GAP} mm apart"
     ]
     spec = {"values": [0, 1, 2], "classes": mri.CLASSES}
-    return (train, val), {k: v.tolist() for k, v in blocks.items()}, _Found(spec, notes)
+    return (train, val), {k: v.tolist() for k, v in blocks.items()}, Found(spec, notes)
 
 
-def _folder(settings: Settings) -> tuple[tuple[list[Stack], list[Stack]], dict[str, list], _Found]:
+def _folder(settings: Settings) -> tuple[tuple[list[Stack], list[Stack]], dict[str, list], Found]:
     folder = Path(str(settings.data))
+    if folder.is_dir() and not any((folder / name).is_dir() for name in ("images", "labels")):
+        raise UserError(f"{folder}: no images/ and labels/ in it, nor the layout of {', '.join(LAYOUTS)}")
     cases = pair_cases(folder)
     images, labels = {}, {}
     for case in cases:
@@ -116,12 +124,14 @@ def _folder(settings: Settings) -> tuple[tuple[list[Stack], list[Stack]], dict[s
     notes = [f"{folder}: {len(cases)} case(s), {slices[0]} slice(s) to train and {slices[1]} to validate"]
     binary = "masks of 0 and 255: read as 2 classes, background and foreground"
     notes.append(binary if values == [0, 255] else f"{len(values)} classes: label values {summary(values)}")
-    return pair, split, _Found(spec, notes)
+    return pair, split, Found(spec, notes)
 
 
 def _split(
     stacks: list[Stack], settings: Settings, folder: Path
 ) -> tuple[tuple[list[Stack], list[Stack]], dict[str, list]]:
+    if not settings.val_fraction:
+        raise UserError("--val-fraction 0: expected a share above 0; only the papers' layouts have their own lists")
     if len(stacks) > 1:
         train, val = split_cases([s.name for s in stacks], settings.val_fraction, settings.seed)
         chosen = tuple([s for s in stacks if s.name in names] for names in (train, val))

@@ -101,12 +101,12 @@ def preprocess(
             if overwrite or not (folder / f"{case.name}.json").exists():
                 data, label, crop = preprocess_case(*read_case(case, len(dataset.channels), dataset.labels), plans, c)
                 assert label is not None
-                _store(folder, case.name, data, label, crop)
+                store(folder, case.name, data, label, crop)
     return [case.name for case in cases]
 
 
-def _store(folder: Path, name: str, data: np.ndarray, label: np.ndarray, crop: Crop) -> None:
-    """The .json comes last: a case that has it is complete."""
+def store(folder: Path, name: str, data: np.ndarray, label: np.ndarray, crop: Crop) -> None:
+    """Writes a preprocessed case; the .json comes last: a case that has it is complete."""
     (folder / f"{name}.json").unlink(missing_ok=True)
     for path, array in ((folder / f"{name}.npy", data), (folder / f"{name}_seg.npy", label)):
         with replacing(path) as partial:

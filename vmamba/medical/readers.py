@@ -1,6 +1,6 @@
 """Images and labels as stacks of slices, through MONAI's readers; masks written back with the input's geometry.
 
-A NIfTI volume (x, y, z[, c]) is cut along ``axis``; a 2D image is a stack of one slice.
+A NIfTI volume (x, y, z[, c]), or an array (h, w, d), is cut along ``axis``; a 2D image is a stack of one slice.
 """
 
 import os
@@ -14,7 +14,8 @@ from monai.data.image_reader import NibabelReader, PILReader
 from PIL import Image
 
 from vmamba.errors import UserError
-from vmamba.medical.cases import is_volume
+from vmamba.medical.arrays import AFFINE, read_array, unreadable
+from vmamba.medical.cases import is_array, is_deep, is_volume
 
 _AS_RGB = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "PA": "RGB"}
 
@@ -23,17 +24,16 @@ def read_image(paths: Sequence[Path], axis: int) -> np.ndarray:
     """Slices (s, c, h, w) float32 of the channel files of one case; UserError names the file at fault."""
     stacks = []
     for path in paths:
-        raw = _read_volume(path) if is_volume(path) else _read_picture(path, colour=True)
-        stacks.append(_finite(_slices(raw, path, axis).astype(np.float32), path))
+        stacks.append(_finite(_slices(_read(path, "image"), path, axis).astype(np.float32), path))
         if stacks[-1].shape[::2] + stacks[-1].shape[3:] != stacks[0].shape[::2] + stacks[0].shape[3:]:
             raise UserError(f"{path}: size {_size(stacks[-1])} differs from {paths[0].name}, {_size(stacks[0])}")
+        check_affine(path, paths[0])
     return np.concatenate(stacks, axis=1)  # (s, c, h, w)
 
 
 def read_label(path: Path, axis: int) -> np.ndarray:
     """Slices (s, h, w) int64 of a label file, values as stored; UserError if they are not whole or not one channel."""
-    raw = _read_volume(path) if is_volume(path) else _read_picture(path, colour=False)
-    stack = _finite(_slices(raw, path, axis), path)
+    stack = _finite(_slices(_read(path, "label"), path, axis), path)
     if stack.shape[1] > 1 and (stack == stack[:, :1]).all():
         stack = stack[:, :1]
     if stack.shape[1] != 1:
@@ -55,6 +55,20 @@ def check_pair(image: np.ndarray, label: np.ndarray, images: Sequence[Path], lab
             raise UserError(
                 f"{label_path}: spacing {_mm(b)} differs from {images[0]}, {_mm(a)}; resample one to the other"
             )
+        check_affine(label_path, images[0])
+
+
+def check_affine(path: Path, first: Path) -> None:
+    """UserError unless the voxels of two NIfTI files lie at the same places; other files have none."""
+    if path == first or not (is_volume(path) and is_volume(first)):
+        return
+    a, b = read_affine(path), read_affine(first)
+    if not np.allclose(a, b, rtol=1e-3, atol=1e-3):
+        worst = np.unravel_index(np.abs(a - b).argmax(), a.shape)
+        raise UserError(
+            f"{path}: its affine differs from {first} ({a[worst]:g} instead of {b[worst]:g} in row {worst[0] + 1}, "
+            f"column {worst[1] + 1}); resample one to the other"
+        )
 
 
 def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
@@ -70,6 +84,10 @@ def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
             header.set_slope_inter(1, 0)
             header["cal_min"], header["cal_max"] = 0, 0
             nibabel.save(nibabel.Nifti1Image(full, source.affine, header), partial)
+        elif is_array(like):
+            image = nibabel.Nifti1Image(restore(data, like, axis), AFFINE)
+            image.header.set_xyzt_units("mm")
+            nibabel.save(image, partial)
         else:
             Image.fromarray(data[0]).save(partial)
         partial.replace(path)
@@ -84,11 +102,11 @@ def read_affine(path: Path) -> np.ndarray:
 
 def restore(stack: np.ndarray, like: Path, axis: int) -> np.ndarray:
     """A stack (s, h, w) or (k, s, h, w) in the orientation and shape of the input ``like``."""
-    if not is_volume(like):
+    if not is_deep(like):
         return stack[..., 0, :, :]
     lead = stack.ndim - 3
     full = np.moveaxis(stack, lead, lead + axis)
-    shape = load_header(like).shape
+    shape = load_header(like).shape if is_volume(like) else full.shape[lead:]
     return full.reshape(*full.shape[:lead], *shape[:3]) if len(shape) < 3 else full
 
 
@@ -97,7 +115,13 @@ def load_header(path: Path) -> Any:
     try:
         return NibabelReader().read(path)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
+
+
+def _read(path: Path, what: str) -> np.ndarray:
+    if is_array(path):
+        return read_array(path, what)[..., None]  # (h, w, d, 1)
+    return _read_volume(path) if is_volume(path) else _read_picture(path, colour=what == "image")
 
 
 def _read_volume(path: Path) -> np.ndarray:
@@ -107,7 +131,7 @@ def _read_volume(path: Path) -> np.ndarray:
     try:
         data = np.asanyarray(image.dataobj)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if data.dtype.names:
         data = np.stack([data[name] for name in data.dtype.names], axis=-1)
     if data.ndim == 2:
@@ -134,14 +158,14 @@ def _read_picture(path: Path, colour: bool) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if data.dtype == bool:
         data = data.astype(np.uint8) * 255
     return data[None] if data.ndim == 3 else data[None, ..., None]  # (1, h, w, c)
 
 
 def _slices(raw: np.ndarray, path: Path, axis: int) -> np.ndarray:
-    return np.moveaxis(np.moveaxis(raw, axis if is_volume(path) else 0, 0), -1, 1)  # (s, c, h, w)
+    return np.moveaxis(np.moveaxis(raw, axis if is_deep(path) else 0, 0), -1, 1)  # (s, c, h, w)
 
 
 def _finite(stack: np.ndarray, path: Path) -> np.ndarray:
@@ -149,12 +173,6 @@ def _finite(stack: np.ndarray, path: Path) -> np.ndarray:
     if bad:
         raise UserError(f"{path}: {bad} of {stack.size} values are NaN or infinite; replace them, with 0 for example")
     return stack
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    size = path.stat().st_size if path.exists() else 0
-    return UserError(f"{path}: cannot be read ({size} bytes; {reason}); is it complete and really {path.suffix}?")
 
 
 def _size(stack: np.ndarray) -> str:

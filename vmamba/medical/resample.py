@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch.nn.functional as F
 from scipy.ndimage import zoom
+from torch import Tensor
 
 ANISOTROPIC = 3.0
 TIE = 1e-9
@@ -28,6 +30,17 @@ def resample(maps: np.ndarray, shape: Sequence[int], coarse: int | None, order: 
     if maps.shape[1:] == tuple(shape):
         return maps
     return np.stack([_one(m, shape, coarse, order) for m in maps]).astype(maps.dtype)
+
+
+def resample_maps(maps: Tensor, shape: Sequence[int], coarse: int | None) -> Tensor:
+    """:func:`resample` of order 1 where the maps (c, z, y, x) lie, so that a GPU does it."""
+    if tuple(maps.shape[1:]) == tuple(shape):
+        return maps
+    if coarse is None:
+        return F.interpolate(maps[None], tuple(shape), mode="trilinear")[0]
+    slices = maps.movedim(coarse + 1, 0)  # (n, c, *plane)
+    slices = F.interpolate(slices, tuple(_without(shape, coarse)), mode="bilinear").movedim(0, coarse + 1)
+    return F.interpolate(slices[None], tuple(shape), mode="nearest-exact")[0]
 
 
 def resample_labels(label: np.ndarray, shape: Sequence[int], coarse: int | None) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vmamba.errors import UserError
-from vmamba.medical.safety import replacing
+from vmamba.medical.recipes import recipe
+from vmamba.medical.safety import LOCK, replacing
 from vmamba.medical.spec import FORMAT, Settings, Spec
 
 FILES = ("config.json", "metrics.csv", "curves.png", "best.ckpt", "last.ckpt", "summary.json")
@@ -37,7 +38,7 @@ def check_run(run: Path, overwrite: bool) -> None:
     """UserError if something lies in ``run`` that may not be replaced; touches nothing."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; expected a folder for the run")
-    if run.is_dir() and any(run.iterdir()):
+    if run.is_dir() and any(path.name != LOCK for path in run.iterdir()):
         if not overwrite:
             choices = "give another folder, --resume to continue or --overwrite to replace"
             raise UserError(f"{run}: exists and is not empty; {choices}")
@@ -59,6 +60,8 @@ def resumed(run: Path, given: dict[str, Any]) -> Settings:
         raise UserError(
             f"{run}: no last.ckpt to resume from, it stopped in its first epoch; start again with --overwrite"
         )
+    if "network" in given:
+        given = {**given, "network": recipe(stored.recipe).options(stored.model, given["network"])}
     was = stored.as_dict()
     differing = [f"{name}={was[name]} (now {value})" for name, value in given.items() if value != was[name]]
     if differing:

@@ -1,5 +1,6 @@
 """Files appear whole, a folder has one writer, and disks that refuse say so in one line."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,11 @@ from filelock import FileLock, Timeout
 from vmamba.errors import UserError
 
 LOCK = ".vmamba.lock"
+UNHARMED = "nothing that was there has been changed; what was finished is kept"
+SMALLER = "a smaller --batch-size or --patch, or --precision bf16-mixed needs less"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # of the processes of one training
 
 
 @contextmanager
@@ -30,7 +36,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of one training come with the first
+            if all(os.environ.get(name, "0") == "0" for name in RANKS):  # the others come with the first
                 lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(f"{folder}: another process writes there; wait for it or give another folder") from error
@@ -43,19 +49,45 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def refusals(folder: Path) -> Iterator[None]:
-    """Turns an OSError (no space, read-only, no permission) into a UserError that names the file or ``folder``."""
+    """Turns an OSError of the system into a UserError that says what it was, about its file or else ``folder``.
+
+    A full GPU is told likewise.
+
+    Errors without a number are no answers of the system and pass.
+    """
     try:
         yield
     except BrokenPipeError:  # the reader of our output has had enough
         raise
     except OSError as error:
-        raise _refused(error.filename or folder, error.strerror or str(error) or type(error).__name__) from error
+        if error.errno is None:
+            raise
+        raise UserError(_in_words(error, folder)) from error
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            raise UserError(f"{_first(error)}; {SMALLER}") from error
         if "PytorchStreamWriter" not in str(error):  # what torch.save makes of an OSError
             raise
-        raise _refused(folder, "the checkpoint could not be finished; is there space left?") from error
+        raise UserError(_not_written(folder, "the checkpoint could not be finished; is there space left?")) from error
 
 
-def _refused(where: object, reason: str) -> UserError:
-    advice = "nothing that was there has been changed; what was finished is kept"
-    return UserError(f"{where}: cannot be written ({reason}); {advice}")
+def _in_words(error: OSError, folder: Path) -> str:
+    where, reason = error.filename or folder, error.strerror or type(error).__name__
+    path = os.fsdecode(where) if not isinstance(where, int) else str(folder)
+    if error.errno in FULL or (error.errno in FORBIDDEN and not _hidden(path)):
+        return _not_written(path, reason)
+    if error.errno in FORBIDDEN:
+        return f"{path}: cannot be read ({reason}); change its permissions or copy it"
+    return f"{path}: {reason}" if error.filename else f"the system refused: {reason}"
+
+
+def _first(error: RuntimeError) -> str:
+    return str(error).split(". ")[0].splitlines()[0]
+
+
+def _hidden(path: str) -> bool:
+    return os.path.exists(path) and not os.access(path, os.R_OK)
+
+
+def _not_written(where: object, reason: str) -> str:
+    return f"{where}: cannot be written ({reason}); {UNHARMED}"

@@ -13,14 +13,17 @@ class Settings:
     """Everything that decides a training's result; stored as RUN/config.json and compared on --resume."""
 
     data: str | None = None
+    recipe: str = "plain"
     model: str = "vmunet"
     preset: str = "published"
     network: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
     epochs: int = 300
     batch_size: int = 32
     lr: float = 1e-3
     min_lr: float = 1e-5
     weight_decay: float = 1e-2
+    size: list[int] | None = None
     patch: list[int] | None = None
     axis: int = 2
     normalisation: str = "zscore"
@@ -62,7 +65,15 @@ class Spec:
     statistics: list[list[float]] | None = None
     files_per_case: int = 1
     suffix: bool = False
+    size: list[int] | None = None
+    resize: str = "zoom"
+    sigmoid: bool = False
     format: str = FORMAT
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the network: one for each class, or a single one for two classes."""
+        return 1 if self.sigmoid else len(self.values)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""

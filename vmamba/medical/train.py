@@ -1,5 +1,6 @@
 """Training: Lightning's loop over the prepared slices, and the run folder it leaves behind."""
 
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -9,29 +10,53 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from vmamba.errors import UserError
 from vmamba.medical import mri
 from vmamba.medical.callbacks import Bar, Budget, Keep, MetricsFile, read_metrics
 from vmamba.medical.data import SliceData
+from vmamba.medical.imagenet import load_start
 from vmamba.medical.module import Segmenter
 from vmamba.medical.plots import save_curves
 from vmamba.medical.prepare import Prepared, prepare
+from vmamba.medical.pretrained import describe
 from vmamba.medical.quiet import quiet
+from vmamba.medical.recipes import BEST, RECIPES
 from vmamba.medical.runs import check_run, clear_run, write_json
+from vmamba.medical.safety import only_writer
 from vmamba.medical.spec import Settings
+
+COLUMNS = {"train_loss": "train_loss_epoch"}  # what Lightning calls it
+LOADERS = 12  # processes that load and augment beside a GPU, as nnU-Net has it
 
 
 @dataclass
 class Hardware:
-    """Where the training runs; Lightning's own words."""
+    """Where the training runs; Lightning's own words.
+
+    ``workers`` processes load and augment. None: none on a CPU, where they would compete with the training; beside a
+    GPU :data:`LOADERS`, or its share of the cores if that is less.
+    """
 
     accelerator: str = "auto"
     devices: str = "auto"
     strategy: str = "auto"
-    workers: int = 0
+    workers: int | None = None
     progress: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether Lightning will take a CUDA GPU."""
+        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+    @property
+    def loaders(self) -> int:
+        """``workers``, decided."""
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(LOADERS, cores // torch.cuda.device_count()) if self.on_gpu else 0
 
 
 class Interrupted(Exception):
@@ -62,23 +87,34 @@ def train(
         prepared = prepare(settings)
         torch.manual_seed(settings.seed)
         module = Segmenter(prepared.spec, settings)
-        if first and not resume:
-            clear_run(run)
-        if first:
-            _announce(prepared, module, settings)
-            write_json(run / "config.json", _config(settings, prepared))
-            if settings.data is None:
-                for block in ("val", "test"):
-                    mri.export_block(run / block, "mni152", prepared.split[block])
-        start = time.perf_counter()
-        data = SliceData(prepared.train, prepared.val, settings.batch_size, hardware.workers)
-        fit(trainer, module, data, run / "last.ckpt" if resume else None)
-        return _finish(run, trainer, module, time.perf_counter() - start) if trainer.global_rank == 0 else {}
+        if settings.pretrained and not resume:
+            source = Path(settings.pretrained)
+            report = load_start(module.network, source)
+            if first:
+                print(describe(report, source))
+        with only_writer(run):
+            if first and not resume:
+                check_run(run, overwrite)  # again: nobody else writes now
+                clear_run(run)
+            if first:
+                _announce(prepared, module, settings)
+                write_json(run / "config.json", _config(settings, prepared))
+                if settings.data is None:
+                    for block in ("val", "test"):
+                        mri.export_block(run / block, "mni152", prepared.split[block])
+            start = time.perf_counter()
+            data = SliceData(prepared.train, prepared.val, settings.batch_size, hardware.loaders)
+            fit(trainer, module, data, run / "last.ckpt" if resume else None)
+            return _finish(run, trainer, module, time.perf_counter() - start) if trainer.global_rank == 0 else {}
 
 
 def _callbacks(run: Path, settings: Settings, hardware: Hardware, extra: list[Callback]) -> list[Callback]:
     """Checkpoints best and last, the metrics file, the progress bar and the clock."""
-    callbacks = [MetricsFile(run / "metrics.csv"), *extra, Keep(run, "best", "val_dice"), Keep(run, "last", None)]
+    recipe = RECIPES[settings.recipe]
+    best = Keep(run, "best", COLUMNS.get(recipe.best, recipe.best), BEST[recipe.best])
+    callbacks = [MetricsFile(run / "metrics.csv"), *extra, best, Keep(run, "last", None)]
+    if recipe.patience:
+        callbacks.append(EarlyStopping(COLUMNS["train_loss"], patience=recipe.patience, check_on_train_epoch_end=True))
     if hardware.progress:
         callbacks.append(Bar())
     if settings.max_minutes:
@@ -124,6 +160,8 @@ def _announce(prepared: Prepared, module: Segmenter, settings: Settings) -> None
     patch = " x ".join(map(str, prepared.spec.patch))
     plan = f"patches of {patch}, batch {settings.batch_size}, {settings.epochs} epochs"
     print(f"{settings.model}, {size:.2f} M parameters, {plan}")
+    if settings.recipe != "plain":
+        print(f"recipe {settings.recipe}: {RECIPES[settings.recipe].words}")
 
 
 def _config(settings: Settings, prepared: Prepared) -> dict[str, Any]:
@@ -133,13 +171,16 @@ def _config(settings: Settings, prepared: Prepared) -> dict[str, Any]:
 def _finish(run: Path, trainer: pl.Trainer, module: Segmenter, seconds: float) -> dict[str, Any]:
     rows = read_metrics(run / "metrics.csv")
     save_curves(run / "curves.png", rows)
-    best = max(rows, key=lambda row: float(row["val_dice"]))
+    by = module.recipe.best
+    choose = max if BEST[by] == "max" else min
+    best = choose(rows, key=lambda row: float(row[by]))
     summary = {
         "epochs": len(rows),
         "planned_epochs": module.settings.epochs,
         "steps": int(rows[-1]["step"]),
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in module.network.parameters()),
+        "best_by": f"{BEST[by]} {by}",
         "best_epoch": int(best["epoch"]),
         "best_val_dice": float(best["val_dice"]),
         "last_val_dice": float(rows[-1]["val_dice"]),

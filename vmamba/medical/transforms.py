@@ -12,6 +12,8 @@ from monai.transforms.intensity.dictionary import RandAdjustContrastd, RandGauss
 from monai.transforms.spatial.dictionary import RandAffined, RandFlipd
 from torch import Tensor
 
+from vmamba.medical.recipe_augment import RECIPE_AUGMENTATIONS
+
 _KEYS = ("image", "label")
 _WARP = {"mode": ("bilinear", "nearest"), "padding_mode": "border"}
 MULTIPLE = 32
@@ -31,11 +33,19 @@ def _minmax(x: np.ndarray) -> np.ndarray:
     return (x - low) / np.maximum(high - low, 1e-8)
 
 
+def _range255(x: np.ndarray) -> np.ndarray:
+    """0 to 255 over all channels of a slice together."""
+    low, high = x.min(axis=(1, 2, 3), keepdims=True), x.max(axis=(1, 2, 3), keepdims=True)
+    return 255 * (x - low) / np.maximum(high - low, 1e-8)
+
+
 NORMALISATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "zscore": _zscore,
     "minmax": _minmax,
     "dataset": lambda x: x,  # then shifted and scaled by the training set's statistics
     "none": lambda x: x,
+    "centred": lambda x: 2 * x - 1,  # of values from 0 to 1
+    "range255": _range255,
 }
 
 AUGMENTATIONS: dict[str, Callable[[], list]] = {
@@ -48,6 +58,7 @@ AUGMENTATIONS: dict[str, Callable[[], list]] = {
         RandScaleIntensityd("image", prob=0.2, factors=0.2),
         RandGaussianNoised("image", prob=0.15, std=0.1),
     ],
+    **RECIPE_AUGMENTATIONS,
 }
 
 

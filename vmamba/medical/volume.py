@@ -10,7 +10,7 @@ from vmamba.errors import UserError
 from vmamba.medical.cases import Case, is_volume
 from vmamba.medical.labels import summary
 from vmamba.medical.labelset import LabelSet
-from vmamba.medical.readers import load_header, read_image, read_label, restore, write_mask
+from vmamba.medical.readers import check_affine, load_header, read_image, read_label, restore, write_mask
 
 FLAT = 999.0  # the spacing between "slices" of a picture, as nnU-Net has it
 
@@ -71,18 +71,10 @@ def _axes(stack: np.ndarray, path: Path) -> np.ndarray:
 def _check_dimensions(path: Path, first: Path) -> None:
     if not is_volume(path):
         return
-    header = load_header(path)
-    if len(header.shape) > 3 and any(n > 1 for n in header.shape[3:]):
-        raise UserError(f"{path}: shape {header.shape}; expected (x, y, z), one file per channel")
-    if path == first or not is_volume(first):
-        return
-    a, b = header.affine, load_header(first).affine
-    if not np.allclose(a, b, rtol=1e-3, atol=1e-3):
-        worst = np.unravel_index(np.abs(a - b).argmax(), a.shape)
-        raise UserError(
-            f"{path}: its affine differs from {first} ({a[worst]:g} instead of {b[worst]:g} in row {worst[0] + 1}, "
-            f"column {worst[1] + 1}); resample one to the other"
-        )
+    shape = load_header(path).shape
+    if len(shape) > 3 and any(n > 1 for n in shape[3:]):
+        raise UserError(f"{path}: shape {shape}; expected (x, y, z), one file per channel")
+    check_affine(path, first)
 
 
 def _spacing(path: Path) -> tuple[float, float, float]:
