@@ -87,8 +87,8 @@ def test_low_precision(name):
         if isinstance(layer, MambaLayer):
             layer.register_forward_hook(lambda module, inputs, y: kinds.append(y.dtype))
     wanted = model.logits(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = model.logits(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.backends.mkldnn.flags(enabled=False):
+        got = model.logits(x)  # oneDNN's Conv3d of tiny maps in bfloat16 is wrong on some CPUs (torch 2.11)
     assert torch.corrcoef(torch.stack([got.flatten(), wanted.flatten()]).float())[0, 1] > 0.95
     assert set(kinds) <= {torch.float32}
     assert model.bfloat16().logits(x.bfloat16()).isfinite().all()

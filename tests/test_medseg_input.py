@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_foreign_checkpoints(tmp_path):
     rejected(lambda: load_checkpoint(path), path, "not one of vmamba medseg train")
     torch.save({"hyper_parameters": {"spec": {"format": "other"}}}, path)
     rejected(lambda: load_checkpoint(path), path, "'other'")
-    torch.save({"settings": argparse.Namespace()}, path)
+    torch.save({"settings": Fraction(1, 2)}, path)
     rejected(lambda: load_checkpoint(path), path, "cannot be read")
 
 

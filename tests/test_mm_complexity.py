@@ -101,3 +101,16 @@ def test_counting_leaves_the_model_alone():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert count(model, (64, 96)) == count(model, (64, 96))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_whatever_mode_is_on():
+    """Deterministic algorithms and inference mode would put other operators in the place of resizing."""
+    model = built(upernet(NAME), "mmseg")
+    expected = count(model, (64, 64))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.inference_mode():
+            assert count(model, (64, 64)) == expected
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -240,7 +240,7 @@ class Columnar(TimmModel):
     def end(self, state: State, norm: bool = True) -> Tensor:
         """The stream h + r, (b, l, c), normalised."""
         h, r, _ = state
-        if norm and r is not None:
+        if norm and r is not None and hasattr(self.norm, "weight"):  # pruned networks may have none
             return add_then_norm(h, r, self.norm, wide=True)[0]
         stream = (h if r is None else r + h).to(self.stem.proj.weight.dtype)
         return self.norm(stream) if norm else stream

@@ -9,7 +9,8 @@ The convention is the one in which VMamba's figures are published (arXiv:2401.10
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ Formulas = Mapping[Any, tuple[str, Callable[..., int]]]  # operator -> kind and 
 aten, ours = torch.ops.aten, torch.ops.vmamba
 
 
+@contextmanager
+def _operators_as_called() -> Iterator[None]:
+    """Deterministic algorithms and inference mode put other operators in the place of some, such as resizing."""
+    on, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warn)
+
+
 def count(model: nn.Module, shape: Sequence[int], *, also: "Formulas | None" = None) -> dict[str, int]:
     """Multiply-adds of ``model(x)`` for an x of ``shape``, (b, c, h, w), by kind of operation; their sum is the total.
 
@@ -40,11 +53,12 @@ def count(model: nn.Module, shape: Sequence[int], *, also: "Formulas | None" = N
         ValueError: whatever the model raises for an input of that shape.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     table = {**FORMULAS, **(also or {})}
     formulas = {op: _doubled(formula) for op, (_, formula) in table.items()}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, _RMSNorms(), torch.no_grad():
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with _operators_as_called(), counter, _RMSNorms(), torch.no_grad():
+        on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
         functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
     kinds: dict[str, int] = {}
     for op, flops in counter.get_flop_counts()["Global"].items():
