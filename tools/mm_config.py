@@ -77,6 +77,15 @@ def runner(cfg: Any) -> Any:
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
+def leave() -> None:
+    """Leave the other processes in good order: threads of a group left to Python's end can abort a process."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _keep_safe(cfg: Any) -> None:
     """Checkpoints that are whole or absent, in place of mmengine's; detectors in every precision, on every device."""
     saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import UserError
-from vmamba.tools.mm_config import add_arguments, configuration, runner
+from vmamba.tools.mm_config import add_arguments, configuration, leave, runner
 from vmamba.tools.zoo import add_command
 
 
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
         runs.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runs.test()
+    leave()
     return 0
 
 

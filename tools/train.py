@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from vmamba.tools.mm_config import add_arguments, configuration, runner
+from vmamba.tools.mm_config import add_arguments, configuration, leave, runner
 from vmamba.tools.zoo import add_command
 
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
     runner(cfg).train()
+    leave()
     return 0
 
 
