@@ -106,7 +106,7 @@ def backward(
     tensors = u, delta, A, B, C, D, z, bias
     (b, k, length, d), n = u.shape, A.shape[-1]
     call = Call(tensors, softplus, BACKWARD_WARPS)
-    new = states.new_empty
+    new = states.new_empty if u.numel() else states.new_zeros  # of nothing the sums are zeros
     du, ddelta, dz = (call.none if t is None else new(u.shape, dtype=u.dtype) for t in (u, delta, z))
     dA, dmaps, dD, dbias = new(b, k, d, n), new(call.blocks // (b * k), b, k, length, 2, n), new(b, k, d), new(b, k, d)
     if du.numel():

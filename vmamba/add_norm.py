@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vmamba.block import watched
 from vmamba.kernels.add_norm import Norm, add_norm
 from vmamba.kernels.backends import eager, plain
 from vmamba.norm import LayerNorm
@@ -38,7 +39,7 @@ def add_then_norm(h: Tensor, r: Tensor | None, norm: nn.Module, *, wide: bool = 
 def _parameters(norm: nn.Module) -> Norm | None:
     """What ``norm`` computes with; None where it is of another class, or where hooks want to see it called."""
     centred = CENTRED.get(type(norm))
-    if centred is None or norm._forward_hooks or norm._forward_pre_hooks:
+    if centred is None or watched(norm):
         return None
     weight, eps = getattr(norm, "weight", None), cast(float | None, norm.eps)
     if weight is None or weight.ndim != 1 or eps is None:
