@@ -68,10 +68,10 @@ def train(config: Path, folder: Path, *options: str, resume: bool = False) -> in
     return main(["train", str(config), *words, "--cfg-options", name, *options])
 
 
-def start(command: list[str], folder: Path, port: int = 29500) -> subprocess.CompletedProcess:
+def start(command: list[str], folder: Path, port: int = 29500, **variables: str) -> subprocess.CompletedProcess:
     """A command of the checkout in another process, without a GPU."""
     environment = {**os.environ, "PYTHON": sys.executable, "PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 

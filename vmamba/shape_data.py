@@ -2,15 +2,15 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 
 from vmamba.errors import UserError
 from vmamba.shapes import CLASSES, Picture, picture
@@ -45,27 +45,25 @@ def write_shapes(root: Path, *, images: int = 1000, val: int = 200, seed: int = 
 
 def _write(root: Path, counts: Mapping[str, int], seed: int, progress: bool) -> None:
     first = 0
-    with tqdm(total=sum(counts.values()), desc="shapes", unit="picture", disable=not progress) as bar:
-        for part, count in counts.items():
-            coco, ade = PARTS[part]
-            images, annotations = [], []
-            for number in range(first, first + count):
-                drawn, name = picture(seed, number), f"{number:06d}.jpg"
-                source = root / "coco" / coco / name
-                _save(drawn.image, source, quality=QUALITY)
-                copy = root / "ade/images" / ade / name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, copy)
-                _save(labels(drawn), root / "ade/annotations" / ade / f"{number:06d}.png")
-                height, width = drawn.image.shape[:2]
-                images.append({"id": number, "file_name": name, "height": height, "width": width})
-                annotations += [
-                    {"id": len(annotations) + i, "image_id": number, **annotation(shape.label, shape.mask)}
-                    for i, shape in enumerate(drawn.shapes, start=1)
-                ]
-                bar.update()
-            _describe(root / f"coco/annotations/instances_{coco}.json", images, annotations, seed)
-            first += count
+    for part, count in counts.items():
+        draw, numbers = partial(_draw, root, part, seed), range(first, first + count)
+        bar: dict[str, Any] = {"desc": f"shapes, {part}", "unit": "picture", "disable": not progress}
+        drawn = process_map(draw, numbers, chunksize=8, **bar)
+        images, shapes = [image for image, _ in drawn], [shape for _, some in drawn for shape in some]
+        annotations = [{"id": i, **shape} for i, shape in enumerate(shapes, start=1)]
+        _describe(root / f"coco/annotations/instances_{PARTS[part][0]}.json", images, annotations, seed)
+        first += count
+
+
+def _draw(root: Path, part: str, seed: int, number: int) -> tuple[dict, list[dict]]:
+    """Write one picture and its labels; COCO's entries of it and of its shapes."""
+    (coco, ade), drawn, name = PARTS[part], picture(seed, number), f"{number:06d}.jpg"
+    _save(drawn.image, root / "coco" / coco / name, quality=QUALITY)
+    _save(drawn.image, root / "ade/images" / ade / name, quality=QUALITY)
+    _save(labels(drawn), root / "ade/annotations" / ade / f"{number:06d}.png")
+    height, width = drawn.image.shape[:2]
+    image = {"id": number, "file_name": name, "height": height, "width": width}
+    return image, [{"image_id": number, **annotation(shape.label, shape.mask)} for shape in drawn.shapes]
 
 
 def labels(drawn: Picture) -> np.ndarray:

@@ -3,7 +3,7 @@
     vmamba shapes data/shapes
     tools/dist_train.sh configs/demo/upernet_vmamba_tiny_s1l8_shapes_fsdp.py 2
 
-Hardware: 2 GPUs or more; FSDP does not run on CPUs.
+Hardware: 2 GPUs or more.
 Expected: about the losses of configs/demo/upernet_vmamba_tiny_s1l8_shapes.py, which clips gradients; mmengine would
 clip each share by its own norm here.
 Source: vmamba's own demonstration. For a network that does not fit otherwise, change variant and heads in the same way.
@@ -11,10 +11,9 @@ Source: vmamba's own demonstration. For a network that does not fit otherwise, c
 
 _base_ = "upernet_vmamba_tiny_s1l8_shapes.py"
 runner_type = "FlexibleRunner"
-policy = dict(type="torch.distributed.fsdp.wrap.size_based_auto_wrap_policy", min_num_params=1_000_000)
 strategy = dict(
     type="FSDPStrategy",
-    model_wrapper=dict(use_orig_params=True, auto_wrap_policy=policy),
+    model_wrapper=dict(type="BlockwiseFSDP"),  # a block of the backbone at a time
     state_dict_cfg="full",  # checkpoints are the usual files
 )
 optim_wrapper = dict(clip_grad=None)

@@ -21,9 +21,11 @@ from vmamba.mm.readable import LoadReadable
 from vmamba.mm.repeatable import MeanLossHook, NumberedSampler, SeedByIterationHook, SeedBySample
 from vmamba.mm.saving import WholeCheckpointHook
 from vmamba.mm.schedule import VMambaOptimWrapperConstructor
+from vmamba.mm.sharding import BlockwiseFSDP
 from vmamba.mm.transposed_fpn import TransposedFPN
 
 __all__ = [
+    "BlockwiseFSDP",
     "DetectorOperatorsHook",
     "LoadReadable",
     "MeanLossHook",
