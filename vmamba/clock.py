@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ def cold_memory(device: torch.device) -> Tensor | None:
 
 
 def graphed(step: Step) -> Step:
-    """The replay of a CUDA graph of ``step``, in which the host has no part; inputs stay where they are."""
+    """The replay of a CUDA graph of ``step``, in which the host has no part; inputs stay where they are.
+
+    It keeps ``step``, and so the weights and inputs that the graph reads.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -50,4 +54,8 @@ def graphed(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, kept: Step) -> None:
+    graph.replay()
