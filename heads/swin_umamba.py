@@ -123,11 +123,22 @@ class SwinUMambaD(Segmentor):
         self.init_weights()
 
     def initialise(self) -> None:
-        """Truncated normal (0.02) for linear layers, He's for convolutions; an encoder that was given keeps its own."""
+        """Truncated normal (0.02) for linear layers, He's for convolutions; an encoder that was given keeps its own.
+
+        The bias of the stem keeps its values too, unlike in the original. With biases of zero everywhere an empty patch
+        (nnU-Net makes the surroundings of a brain exactly 0) stays zero through all layers, and each LayerNorm on the
+        way back multiplies its gradient by one over the root of eps, 316: it is infinite before the stem.
+        """
         self.decoder.apply(init_linear)
         self.last.apply(init_linear)
-        for part in (self,) if self.published else (self.decoder, self.outputs):
-            part.apply(init_conv)
+        if not self.published:
+            self.decoder.apply(init_conv)
+            self.outputs.apply(init_conv)
+            return
+        bias = cast(Any, self.encoder).body.stem.conv1.bias
+        kept = bias.detach().clone()
+        self.apply(init_conv)
+        bias.data.copy_(kept)
 
     def decode(self, x: Tensor) -> list[Tensor]:
         """(b, in_chans, h, w) -> (b, c, h / s, w / s) of the decoder's stages and the full map, the coarsest first"""

@@ -15,4 +15,5 @@ def why_not(*tensors: Tensor) -> str | None:
 def forward(y: Tensor, z: Tensor, table: Table, divisor: float, dtype: torch.dtype) -> Tensor:
     """y (b, k, l, d), z (b, p, d) -> (b, p, d) in ``dtype``: merge, divide, gate."""
     merged = merge(y.to(torch.promote_types(y.dtype, torch.float32)), table)
-    return (merged / divisor * F.silu(z)).to(dtype)
+    mean = merged if divisor == 1 else merged / divisor
+    return (mean * F.silu(z)).to(dtype)

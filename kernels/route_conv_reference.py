@@ -17,4 +17,5 @@ def why_not(*tensors: Tensor) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
     """x (b, p, d), weight (k, d, w), bias (k, d) -> (b, k, l, d): gather, then a causal convolution of each route."""
     routes = zip(gather(x, table).unbind(1), weight, bias, strict=True)
-    return torch.stack([cast(Tensor, causal_conv1d(u.mT, w, b, activation="silu")).mT for u, w, b in routes], 1)
+    maps = [cast(Tensor, causal_conv1d(u.mT, w, b, activation="silu")).mT for u, w, b in routes]
+    return maps[0][:, None] if len(maps) == 1 else torch.stack(maps, 1)

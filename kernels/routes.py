@@ -18,13 +18,15 @@ from vmamba.kernels.operator import operator
 class Table(NamedTuple):
     """Routes (k, l) over p rows and where each row is visited, (v, p).
 
-    Both are int32. ``padded``: a zero is read in either direction; ``once``: no route visits a row twice.
+    Both are int32. ``padded``: a zero is read in either direction; ``once``: no route visits a row twice;
+    ``straight``: a single route that reads every row in order, so that nothing has to be moved.
     """
 
     routes: Tensor
     inverse: Tensor
     padded: bool
     once: bool
+    straight: bool = False
 
 
 def table_of(routes: Tensor, rows: int) -> Table:
@@ -47,18 +49,23 @@ def table_of(routes: Tensor, rows: int) -> Table:
     padded = bool((flat == rows).any() or (inverse == flat.numel()).any())
     ordered = routes.sort(1).values
     once = not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < rows)).any())
-    return Table(routes.int().contiguous(), inverse.int(), padded, once)
+    straight = len(routes) == 1 and torch.equal(flat, torch.arange(rows, dtype=flat.dtype))
+    return Table(routes.int().contiguous(), inverse.int(), padded, once, straight)
 
 
 def gather(x: Tensor, table: Table) -> Tensor:
-    """x (b, p, d) -> (b, k, l, d) in x's dtype."""
+    """x (b, p, d) -> (b, k, l, d) in x's dtype; x itself, in other words, where the route is straight."""
+    if table.straight:
+        return x[:, None]
     if plain(x):
         return _gathered(x, *table[:3])
     return torch.ops.vmamba.route_gather(x, *table[:3])
 
 
 def merge(y: Tensor, table: Table) -> Tensor:
-    """y (b, k, l, d) -> (b, p, d) in y's dtype, summed in float32 at least."""
+    """y (b, k, l, d) -> (b, p, d) in y's dtype, summed in float32 at least; y itself where the route is straight."""
+    if table.straight:
+        return y[:, 0]
     if plain(y):
         return _merged(y, *table[:3])
     return torch.ops.vmamba.route_merge(y, *table[:3])

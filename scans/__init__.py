@@ -156,8 +156,8 @@ class Scan:
         key = self._key, grid, torch.device(device), per_route
         if not torch.compiler.is_dynamo_compiling():
             return _table(*key)
-        name, padded, once = _prepare(*key)
-        return Table(getattr(_prepared, f"routes_{name}"), getattr(_prepared, f"inverse_{name}"), padded, once)
+        name, *flags = _prepare(*key)
+        return Table(getattr(_prepared, f"routes_{name}"), getattr(_prepared, f"inverse_{name}"), *flags)
 
     def split(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, k, l, d): the map read along each route."""
@@ -195,13 +195,13 @@ _prepared = _Prepared()
 
 
 @torch.compiler.assume_constant_result
-def _prepare(*key) -> tuple[str, bool, bool]:
+def _prepare(*key) -> tuple[str, bool, bool, bool]:
     """Before a graph is made: the name of its table in ``_prepared``, and the table's flags."""
     table = _table(*key)
     name = str(id(table.routes))
     setattr(_prepared, f"routes_{name}", table.routes)
     setattr(_prepared, f"inverse_{name}", table.inverse)
-    return name, table.padded, table.once
+    return name, *table[2:]
 
 
 def _sides(routes: Routes) -> int | None:

@@ -18,8 +18,9 @@ PUBLISHED = {"cross2d": "cross", "unidi": "unidi", "bidi": "bidi", "rot2d": "rot
 class TestEveryScan:
     def test_table(self, name, grid):
         h, w = grid
-        routes, inverse, padded, once = Scan(name).table(h, w)
+        routes, inverse, padded, once, straight = Scan(name).table(h, w)
         assert not padded or (routes == h * w).any()
+        assert straight == (routes.tolist() == [list(range(h * w))])
         assert once == all(len(set(r)) == len(r) for r in ([p for p in row if p < h * w] for row in routes.tolist()))
         assert routes.shape[0] == Scan(name).count and routes.ndim == 2
         assert routes.min() >= 0 and routes.max() <= h * w

@@ -23,8 +23,9 @@ def test_some_scans_read_any_grid():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_route_visits_every_voxel_once(scan, grid):
     scan = Scan(scan)
-    routes, _, padded, once = scan.grid_table(grid)
+    routes, _, padded, once, straight = scan.grid_table(grid)
     assert routes.shape[0] == scan.count and once and not padded
+    assert straight == (routes.tolist() == [list(range(routes.shape[1]))])
     assert (routes.sort(1).values == torch.arange(routes.shape[1])).all()
 
 

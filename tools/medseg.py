@@ -17,6 +17,7 @@ PARTS = (  # each adds some of the commands
     "medseg_score",
     "medseg_benchmark",
     "medseg_compare",
+    "medseg_best",
 )
 NEEDED = ("lightning", "monai", "nibabel", "matplotlib", "sklearn")
 

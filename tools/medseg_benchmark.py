@@ -70,10 +70,13 @@ def run_benchmark(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, found: Any, precisions: Sequence[str], device: Any) -> None:
+    import torch
+
     from vmamba.benchmark import Plan, measure
     from vmamba.medical.benchmark_train import KEY, points
     from vmamba.tools.medseg_benchmark_run import TRAIN, run
 
+    torch.backends.cudnn.benchmark = True  # as training has it
     plan = Plan(device, max(args.repeat or 10, 3), warmup=2, seconds=6.0)
     groups = points(found, precisions, device)
     tasks = [([dict(job.facts) for job in jobs], partial(measure, jobs, plan)) for jobs in groups]

@@ -13,6 +13,7 @@ import vmamba
 from vmamba.errors import UserError
 from vmamba.medical.labelset import classes
 from vmamba.medical.losses import LabelLoss
+from vmamba.medical.plain_unet import PlainConvUNet
 from vmamba.medical.topology import CONVOLUTIONS, topology
 from vmamba.registry import entries
 
@@ -106,27 +107,9 @@ def plain_unet(setup: Setup) -> nn.Module:
 
         up = plan.strides[1:]
         return DynUNet(axes, setup.channels, setup.classes, plan.kernels, plan.strides, up, filters=plan.features)
-    from dynamic_network_architectures.architectures.unet import (  # pyright: ignore[reportMissingImports]
-        PlainConvUNet,
-    )
-
-    return PlainConvUNet(
-        setup.channels,
-        len(plan.features),
-        plan.features,
-        {2: nn.Conv2d, 3: nn.Conv3d}[axes],
-        plan.kernels,
-        plan.strides,
-        CONVOLUTIONS,
-        setup.classes,
-        CONVOLUTIONS,
-        conv_bias=True,
-        norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[axes],
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        deep_supervision=True,
-    )
+    counts = [CONVOLUTIONS] * len(plan.features)
+    shape = {"features": plan.features, "strides": plan.strides, "kernels": plan.kernels}
+    return PlainConvUNet(setup.channels, setup.classes, **shape, convolutions=(counts, counts[1:]))
 
 
 def _spacing(patch: Sequence[int]) -> list[float]:
@@ -157,9 +140,6 @@ def supervise(network: Any, deep: bool) -> bool:
 
     As in training by ``vmamba medseg train``.
     """
-    if hasattr(network, "decoder") and hasattr(network.decoder, "deep_supervision"):  # nnU-Net's
-        network.decoder.deep_supervision = deep
-        return deep
     if len(getattr(network, "outputs", ())) > 1:
         network.deep_supervision = deep
         return deep

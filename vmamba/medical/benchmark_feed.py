@@ -1,11 +1,9 @@
 """Whether loading keeps up: Lightning's loop as ``vmamba medseg train`` runs it, with augmented patches and without."""
 
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,17 +14,19 @@ from torch.utils.data import DataLoader
 
 from vmamba.benchmark import Row, clean_up
 from vmamba.medical.benchmark import Example, Setup, build, supervise
+from vmamba.medical.busy import Trace
 from vmamba.medical.fold_module import CLIP, FoldModule, FoldSettings
 from vmamba.medical.labelset import classes
+from vmamba.medical.loading import AHEAD
 from vmamba.medical.patches import Draws, PatchData, Patches
 from vmamba.medical.preprocess import Crop, Stored, store
 from vmamba.medical.quiet import quiet
 from vmamba.medical.train import Hardware, build_trainer
 
 KEY = ("name", "patch", "batch", "precision", "workers")
-BUSY = "NVML's utilization.gpu, five samples a second: the share of time in which a kernel ran"
+TRACED, SECONDS = 8, 8.0  # steps that are traced; what a stretch of steps may take
+BUSY = f"the share of time in which a kernel or copy ran, in {TRACED} steps more (torch.profiler)"
 CASES, LARGER, SLICES = 4, 1.5, 8  # of the made-up data set: sides in patches, slices for a 2D network
-PERIOD = 0.2
 
 
 def facts(name: str, setup: Setup, precision: str, hardware: Hardware) -> Row:
@@ -44,7 +44,7 @@ def measure(name: str, setup: Setup, precision: str, hardware: Hardware, steps: 
     with quiet(), tempfile.TemporaryDirectory() as folder:
         cases = made_up_cases(Path(folder), setup)
         settings = FoldSettings(trainer=name, epochs=1, precision=precision)
-        data = _Fed(cases, setup, hardware.loaders, settings, _warmup(hardware) + steps)
+        data = _Fed(cases, setup, hardware.loaders, settings, _warmup(hardware) + steps + TRACED)
         row["loading_per_s"] = _alone(data, _warmup(hardware), steps)
         row["without_per_s"], row["busy_without"] = _loop(
             name, setup, settings, hardware, _Resident(setup, data), steps
@@ -98,34 +98,41 @@ class _Resident(pl.LightningDataModule):
 
 
 class _Clock(Callback):
-    """Times the steps after the first ``warmup``, and asks how busy the GPU is meanwhile."""
+    """Times the steps after the warm-up, then traces a few more and ends the training.
+
+    Args:
+        warmup, steps: how many, at most; each stretch takes :data:`SECONDS` at most.
+    """
 
     def __init__(self, warmup: int, steps: int) -> None:
-        self.warmup, self.steps, self.seconds = warmup, steps, 0.0
-        self.samples: list[int] = []
-        self.over = threading.Event()
+        self.left = {"warmup": warmup, "steps": steps, "traced": TRACED}
+        self.stretch, self.done, self.start, self.per_s = "warmup", 0, 0.0, 0.0
+        self.trace: Trace | None = None
+        self.busy: float | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Starts after the warm-up."""
-        if index == self.warmup:
-            _wait(pl_module.device)
-            if pl_module.device.type == "cuda":
-                threading.Thread(target=self._watch, args=(pl_module.device,), daemon=True).start()
-            self.seconds = -time.perf_counter()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self.trace = Trace() if pl_module.device.type == "cuda" else None
+        self.start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        """Stops at the last step."""
-        if rest[-1] == self.warmup + self.steps - 1:
-            _wait(pl_module.device)
-            self.seconds += time.perf_counter()
-            self.over.set()
-
-    def _watch(self, device: torch.device) -> None:
-        while not self.over.wait(PERIOD):
-            try:
-                self.samples.append(torch.cuda.utilization(device))
-            except Exception:  # NVML or its Python package is missing: the figure stays unknown
-                return
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Goes on to the next stretch where one is over."""
+        self.done += 1
+        late = time.perf_counter() - self.start > SECONDS
+        if self.done < self.left[self.stretch] and not late:
+            return
+        _wait(pl_module.device)
+        if self.stretch == "warmup":
+            self.stretch = "steps"
+        elif self.stretch == "steps":
+            self.per_s = self.done / (time.perf_counter() - self.start)
+            self.stretch = "traced"
+            if self.trace:
+                self.trace.start()
+        else:
+            self.busy = self.trace.stop(pl_module.device) if self.trace else None
+            trainer.should_stop = True
+        self.done, self.start = 0, time.perf_counter()
 
 
 def _wait(device: torch.device) -> None:
@@ -135,15 +142,20 @@ def _wait(device: torch.device) -> None:
 
 def _warmup(hardware: Hardware) -> int:
     """Steps after which the batches that the processes made beforehand are used up."""
-    return 3 * max(hardware.loaders, 1)
+    return 1 + AHEAD * hardware.loaders
 
 
 def _alone(data: _Fed, warmup: int, steps: int) -> float:
-    start = 0.0
-    for index, _ in enumerate(data.train_dataloader()):
-        if index == warmup - 1:
-            start = time.perf_counter()
-    return steps / (time.perf_counter() - start)
+    """Batches per second, of those that come after the first ``warmup``."""
+    begin = start = time.perf_counter()
+    count = 0
+    for count, _ in enumerate(data.train_dataloader(), 1 - warmup):
+        now = time.perf_counter()
+        if count <= 0:
+            start = now
+        if count >= steps or now - begin > 2 * SECONDS:
+            break
+    return count / (time.perf_counter() - start) if count > 0 else float("nan")
 
 
 def _loop(
@@ -169,5 +181,4 @@ def _loop(
         trainer.fit(module, data)
     del trainer, module, network
     clean_up()
-    samples = clock.samples[1:]  # the first one looks back at the time before
-    return steps / clock.seconds, mean(samples) / 100 if samples else None
+    return clock.per_s, clock.busy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmamba.errors import UserError
 
-VOLUMES = (".nii.gz", ".nii")
+VOLUMES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 IMAGES = (*VOLUMES, *LOSSLESS, ".jpg", ".jpeg")
 LABELS = (*VOLUMES, *LOSSLESS)
@@ -31,7 +31,7 @@ def ending(path: Path, endings: Sequence[str] = IMAGES) -> str | None:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether ``path`` is a NIfTI file by its name."""
+    """Whether ``path`` is a NIfTI, NRRD or MetaImage file by its name."""
     return ending(path, VOLUMES) is not None
 
 

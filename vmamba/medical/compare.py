@@ -129,21 +129,28 @@ def compare(
 ) -> list[Row]:
     """The rows of the entries, ``jobs`` at a time, and of their ensemble; compare.json and compare.md in the output.
 
-    ``done`` is called with each row as it is ready. What fails is told in its row.
+    Both are written, and ``done`` is called, with each row as it is ready. What fails is told in its row.
     """
     found: dict[str, Row] = {}
+    rows: list[Row] = []
     with ThreadPoolExecutor(jobs) as pool:
         for future in as_completed([pool.submit(comparison.life, entry) for entry in entries]):
             row = future.result()
             found[row["name"]] = row
+            rows = [found[entry.name] for entry in entries if entry.name in found]
+            _write(comparison, rows)
             done(row)
-    rows = [found[entry.name] for entry in entries]
     if sum(not row["failure"] for row in rows) > 1:
         rows.append(comparison.ensemble(rows))
+        _write(comparison, rows)
+    return rows
+
+
+def _write(comparison: Comparison, rows: Sequence[Row]) -> None:
+    """What is known so far, so that a run that is cut leaves it."""
     names = dict(zip(comparison.dataset.labels.keys, comparison.dataset.labels.names, strict=True))
     write_json(comparison.output / "compare.json", {"dataset": comparison.dataset.name, "labels": names, "rows": rows})
     (comparison.output / "compare.md").write_text(table(rows), encoding="utf-8")
-    return rows
 
 
 def table(rows: Sequence[Row]) -> str:

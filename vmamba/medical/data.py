@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vmamba.medical.loading import loader
 from vmamba.medical.transforms import Augment
 
 
@@ -100,14 +101,7 @@ class SliceData(pl.LightningDataModule):
     def _loader(self, sampler: type[Shuffled] | type[InOrder], data: Slices) -> DataLoader:
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batches = sampler(data, self.batch_size, share)
-        pinned = torch.cuda.is_available()
-        return DataLoader(
-            data,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            pin_memory=pinned,
-            persistent_workers=self.workers > 0 and sampler is Shuffled,
-        )
+        return loader(data, batches, self.workers, ranks=share[1], keep=sampler is Shuffled)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented patches."""

@@ -61,7 +61,8 @@ def network_line(name: str, network: nn.Module, batch: Sequence[int], copies: in
     need = (copies * 4 * parameters + kept_bytes(network, batch)) / GIB
     patch = " x ".join(map(str, batch[2:]))
     encoder: Any = getattr(network, "encoder", ())
-    stages = len(getattr(encoder, "strides", encoder))
+    levels = getattr(encoder, "strides", encoder)
+    stages = len(levels) if hasattr(levels, "__len__") else 0
     shape = f", {stages} stages" if stages else ""
     return (
         f"{name}{shape}, {parameters / 1e6:.2f} M parameters; batch {batch[0]}, {batch[1]} channel(s), patches of "

@@ -11,7 +11,6 @@ from monai.metrics.confusion_matrix import get_confusion_matrix
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
-from vmamba.errors import UserError
 from vmamba.medical.labelset import LabelSet
 from vmamba.medical.losses import LabelLoss, deep_loss
 from vmamba.medical.networks import logits
@@ -72,9 +71,6 @@ class FoldModule(pl.LightningModule):
         self.network.deep_supervision = self.supervised  # pyright: ignore[reportAttributeAccessIssue]
         maps = self.network(image) if self.supervised else logits(self.network, image)
         loss = deep_loss(self.loss, maps, label)
-        if not torch.isfinite(loss):
-            advice = "try a smaller --lr or --precision 32-true"
-            raise UserError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}; {advice}")
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
         return loss
 

@@ -30,6 +30,7 @@ from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.runs import write_json
 from vmamba.medical.safety import only_writer
 from vmamba.medical.train import Hardware, build_trainer, fit
+from vmamba.medical.watch import Watch
 from vmamba.medical.window import Window, volume_logits
 
 SHOWN = 10  # steps from one drawing of the bar to the next beside a GPU, which has to wait for it
@@ -118,7 +119,8 @@ def _run(
     size = sum(p.numel() for p in network.parameters()) / 1e6
     print(f"{folder}: {settings.trainer}, {size:.2f} M parameters, {len(cases[0])} + {len(cases[1])} cases")
     print(f"patches of {' x '.join(map(str, patch))}, batch {batch}, {settings.epochs} x {settings.iterations} steps")
-    callbacks = [MetricsFile(folder / "metrics.csv"), Checkpoints(folder, state)]
+    watch, rows = Watch(settings.lr, settings.precision), MetricsFile(folder / "metrics.csv")
+    callbacks = [watch, rows, Checkpoints(folder, state)]
     bar = [Bar(SHOWN if hardware.on_gpu else 1)] if hardware.progress else []
     trainer = build_trainer(
         hardware,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vmamba
 from vmamba.errors import UserError
+from vmamba.medical import plain_unet
 from vmamba.medical.plan import Configuration
 from vmamba.registry import entries
 
@@ -31,7 +32,12 @@ OLDER = {  # what the same trainer's name meant in the code's first generation
 
 
 def network_name(trainer: str, axes: int) -> str:
-    """The zoo's name of a trainer or network: its own, or with _2d or _3d behind it. UserError if there is none."""
+    """The zoo's name of a trainer or network: its own, or with _2d or _3d behind it. UserError if there is none.
+
+    nnU-Net's own network, :data:`vmamba.medical.plain_unet.NAMES`, keeps its name.
+    """
+    if trainer in plain_unet.NAMES:
+        return trainer
     base = TRAINERS.get(trainer, trainer)
     for name in (f"{base}_{axes}d", base):
         if name in entries():
@@ -42,6 +48,8 @@ def network_name(trainer: str, axes: int) -> str:
 
 def build(trainer: str, c: Configuration, channels: int, outputs: int, options: dict[str, Any]) -> nn.Module:
     """The network of ``trainer`` for a configuration; a network that follows plans takes its stages from there."""
+    if trainer in plain_unet.NAMES:
+        return _plain(trainer, c, channels, outputs, options)
     name = network_name(trainer, c.axes)
     settings = entries()[name].settings
     given: dict[str, Any] = {}
@@ -57,6 +65,14 @@ def build(trainer: str, c: Configuration, channels: int, outputs: int, options: 
         fits = "segments volumes" if axes == 3 else "segments images" if axes == 2 else "does not segment"
         raise UserError(f"-tr {trainer}: {name} {fits}, {c.name} needs a network of {c.axes} dimensions")
     return network
+
+
+def _plain(trainer: str, c: Configuration, channels: int, outputs: int, options: dict[str, Any]) -> nn.Module:
+    given = {"features": c.features, "strides": c.strides, "kernels": c.kernels, "convolutions": c.convolutions}
+    odd = [key for key in options if key not in (*given, "deep_supervision")]
+    if odd:
+        raise UserError(f"-tr {trainer} --set {odd[0]}=...: unknown; choose from {', '.join(given)}")
+    return plain_unet.PlainConvUNet(channels, outputs, **given | {k: v for k, v in options.items() if k in given})
 
 
 def raise_patch(network: nn.Module, patch: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from monai.transforms.spatial.dictionary import RandAffined, RandFlipd, RandSimu
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vmamba.medical.loading import loader
 from vmamba.medical.preprocess import OUTSIDE, Stored
 
 FOREGROUND = 0.33  # share of a batch whose patches are centred on the foreground
@@ -160,14 +161,7 @@ class PatchData(pl.LightningDataModule):
 
     def _loader(self, data: Patches) -> DataLoader:
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        pinned, batches = torch.cuda.is_available(), Epoch(data.draws, share)
-        return DataLoader(
-            data,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            pin_memory=pinned,
-            persistent_workers=self.workers > 0,
-        )
+        return loader(data, Epoch(data.draws, share), self.workers, ranks=share[1])
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Labels become int64 where they are used: two bytes a voxel travel, not eight."""

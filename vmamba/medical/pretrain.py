@@ -33,6 +33,7 @@ from vmamba.medical.readers import read_image
 from vmamba.medical.runs import check_run, write_json
 from vmamba.medical.safety import LOCK, only_writer, replacing
 from vmamba.medical.train import Hardware, build_trainer, fit
+from vmamba.medical.watch import Watch
 from vmamba.registry import entries
 from vmamba.segmentor import Segmentor
 
@@ -79,7 +80,8 @@ def pretrain(
         draws = Draws(found.batch, settings.iterations, settings.seed)
         slices = settings.dataset is None and len(found.patch) == 2
         patches = ImagePatches(found.images, found.patch, draws, floor=slices)
-        callbacks = [MetricsRow(run / "metrics.csv"), Results(run, patches, found.turn), Keep(run, "last", None)]
+        watch, rows = Watch(settings.lr, settings.precision), MetricsRow(run / "metrics.csv")
+        callbacks = [watch, rows, Results(run, patches, found.turn), Keep(run, "last", None)]
         bar = [Bar(SHOWN if hardware.on_gpu else 1)] if hardware.progress else []
         trainer = build_trainer(
             hardware,

@@ -21,6 +21,7 @@ from vmamba.errors import UserError
 from vmamba.medical.cases import ARRAYS, IMAGES, LABELS, is_volume, list_images
 from vmamba.medical.folds import fold_cases
 from vmamba.medical.jobs import Job
+from vmamba.medical.loading import loader
 from vmamba.medical.patches import Draws, Epoch, cut
 from vmamba.medical.plan import Configuration
 from vmamba.medical.preprocess import Stored, preprocess_case
@@ -192,11 +193,4 @@ class ImageData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The patches of an epoch; every process has its share."""
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches: Any = Epoch(self.patches.draws, share)
-        return DataLoader(
-            self.patches,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-        )
+        return loader(self.patches, Epoch(self.patches.draws, share), self.workers, ranks=share[1])

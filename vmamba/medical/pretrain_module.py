@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmamba.errors import UserError
 from vmamba.heads.mambamim import MambaMIM, random_cells
 from vmamba.medical.pretrain_settings import PretrainSettings
 
@@ -39,9 +38,6 @@ class Pretrainer(pl.LightningModule):
         """Loss of a batch of patches."""
         key = self.global_step, self.global_rank
         loss = self.model.loss(batch, self.visible_cells(len(batch), tuple(batch.shape[2:]), key))
-        if not torch.isfinite(loss):
-            advice = "try a smaller --lr or --precision 32-true"
-            raise UserError(f"the loss is {loss.item()} in epoch {self.current_epoch + 1}; {advice}")
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch), sync_dist=True)
         return loss
 

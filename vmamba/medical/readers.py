@@ -14,6 +14,7 @@ from monai.data.image_reader import NibabelReader, PILReader
 from PIL import Image
 
 from vmamba.errors import UserError
+from vmamba.medical import itk
 from vmamba.medical.arrays import AFFINE, read_array, unreadable
 from vmamba.medical.cases import is_array, is_deep, is_volume
 
@@ -83,7 +84,11 @@ def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
             header.set_data_dtype(full.dtype)
             header.set_slope_inter(1, 0)
             header["cal_min"], header["cal_max"] = 0, 0
-            nibabel.save(nibabel.Nifti1Image(full, source.affine, header), partial)
+            image = nibabel.Nifti1Image(full, source.affine, header)
+            if itk.is_itk(path):
+                itk.write(partial, image)
+            else:
+                nibabel.save(image, partial)
         elif is_array(like):
             image = nibabel.Nifti1Image(restore(data, like, axis), AFFINE)
             image.header.set_xyzt_units("mm")
@@ -111,9 +116,11 @@ def restore(stack: np.ndarray, like: Path, axis: int) -> np.ndarray:
 
 
 def load_header(path: Path) -> Any:
-    """A NIfTI file opened, its voxels not yet read; UserError if it is none."""
+    """A volume's file opened, of NIfTI without its voxels; UserError if it is none."""
     try:
-        return NibabelReader().read(path)
+        return itk.read(path) if itk.is_itk(path) else NibabelReader().read(path)
+    except UserError:
+        raise
     except Exception as error:
         raise unreadable(path, error) from error
 

@@ -17,6 +17,7 @@ from vmamba.medical import mri
 from vmamba.medical.callbacks import Bar, Budget, Keep, MetricsFile, read_metrics
 from vmamba.medical.data import SliceData
 from vmamba.medical.imagenet import load_start
+from vmamba.medical.loading import meaning, stopped
 from vmamba.medical.module import Segmenter
 from vmamba.medical.plots import save_curves
 from vmamba.medical.prepare import Prepared, prepare
@@ -26,6 +27,7 @@ from vmamba.medical.recipes import BEST, RECIPES
 from vmamba.medical.runs import check_run, clear_run, write_json
 from vmamba.medical.safety import only_writer
 from vmamba.medical.spec import Settings
+from vmamba.medical.watch import Watch
 
 COLUMNS = {"train_loss": "train_loss_epoch"}  # what Lightning calls it
 LOADERS = 12  # processes that load and augment beside a GPU, as nnU-Net has it
@@ -60,7 +62,7 @@ class Hardware:
 
 
 class Interrupted(Exception):
-    """Ctrl-C during training; the run's last.ckpt holds the last whole epoch."""
+    """Ctrl-C or SIGTERM during training; the run's last.ckpt holds the last whole epoch."""
 
 
 def train(
@@ -112,7 +114,8 @@ def _callbacks(run: Path, settings: Settings, hardware: Hardware, extra: list[Ca
     """Checkpoints best and last, the metrics file, the progress bar and the clock."""
     recipe = RECIPES[settings.recipe]
     best = Keep(run, "best", COLUMNS.get(recipe.best, recipe.best), BEST[recipe.best])
-    callbacks = [MetricsFile(run / "metrics.csv"), *extra, best, Keep(run, "last", None)]
+    watch = Watch(settings.lr, settings.precision)
+    callbacks = [watch, MetricsFile(run / "metrics.csv"), *extra, best, Keep(run, "last", None)]
     if recipe.patience:
         callbacks.append(EarlyStopping(COLUMNS["train_loss"], patience=recipe.patience, check_on_train_epoch_end=True))
     if hardware.progress:
@@ -144,13 +147,23 @@ def build_trainer(hardware: Hardware, callbacks: list[Callback], root: Path, **o
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, last: Path | None) -> None:
-    """Trains, from the checkpoint ``last`` if there is one; Interrupted after Ctrl-C."""
+    """Trains, from the checkpoint ``last`` if there is one; Interrupted after Ctrl-C or SIGTERM.
+
+    UserError where a process that loads died.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
     except SystemExit as stop:
         signal.signal(signal.SIGINT, handler)
         raise Interrupted(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume") from stop
+    except RuntimeError as error:
+        if stopped(error):
+            raise Interrupted(f"terminated in epoch {trainer.current_epoch + 1}; continue with --resume") from error
+        reason = meaning(error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
 
 
 def _announce(prepared: Prepared, module: Segmenter, settings: Settings) -> None:
