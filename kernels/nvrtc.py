@@ -6,6 +6,7 @@ What was compiled is kept in ``$XDG_CACHE_HOME/vmamba`` (``~/.cache/vmamba``), b
 import ctypes
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
@@ -95,8 +96,9 @@ def kernel(source: Path, name: str, defines: tuple[str, ...], device: int, share
 
 
 def text_of(source: Path) -> str:
-    """What is compiled of a source file: what all share, and itself."""
-    return COMMON.read_text() + source.read_text()
+    """What is compiled of a source file: what all share, and itself with the files beside it that it includes."""
+    own = re.sub(r'^#include "(.+)"$', lambda m: source.with_name(m[1]).read_text(), source.read_text(), flags=re.M)
+    return COMMON.read_text() + own
 
 
 @cache

@@ -1,30 +1,32 @@
-"""Selective scan in CUDA C++ (``selective_scan.cu``), forward and backward, for several states.
+"""Selective scan in CUDA C++ (``selective_scan*.cu``) for several states.
 
-The equation and its letters are in ``selective_scan_reference``. Several lanes share a channel, as many as it takes to
-fill the GPU; where even that is not enough, the forward cuts long sequences into segments. Nothing is atomic: sums over
-blocks of channels and over b are taken from slices, in a fixed order.
+The equation and its letters are in ``selective_scan_reference``, how the work is shared out in ``selective_scan_plan``.
+Nothing is atomic: sums over blocks of channels and over b are taken from slices, in a fixed order.
 """
 
+import math
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vmamba.kernels import nvrtc
+from vmamba.kernels import selective_scan_plan as plans
 from vmamba.kernels.backends import other_types
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 SOURCE = Path(__file__).with_name("selective_scan.cu")
+BACKWARD = {
+    plans.StateLanes: SOURCE.with_name("selective_scan_backward.cu"),
+    plans.StepLanes: SOURCE.with_name("selective_scan_backward_steps.cu"),
+}
+FOLD = SOURCE.with_name("selective_scan_fold.cu")
 TYPES = {torch.bfloat16: "T_BF16", torch.float16: "T_FP16", torch.float32: "T_FP32"}
 STATES = range(4, 65)  # with fewer there is too little to share
-SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
-MOST_LANES = 16
-FORWARD_WARPS, BACKWARD_WARPS = 1500, 700  # about as many fill a large GPU (measured on an H200)
-FEWEST_SEGMENTS = 4  # at least as many, or none
-SUB = 8  # the source's
 FLAGS = "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS"
+Plan: TypeAlias = plans.StateLanes | plans.StepLanes
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -74,18 +76,20 @@ def _run(states: Tensor | None, dtype: torch.dtype, softplus: bool, *tensors: An
     y, last = new(b, k, length, d, dtype=dtype), new(b, k, d, n, dtype=torch.float32)
     if not y.numel():
         return y, last.zero_()
-    call = Call(tensors, softplus, FORWARD_WARPS, segmented=True)
-    per = -(-length // (call.plan.segments * CHUNK)) * CHUNK  # steps of a segment: whole chunks
+    inputs, plan = Inputs(tensors, softplus), plans.forward(b * k * d, n, length)
+    per = -(-length // (plan.segments * CHUNK)) * CHUNK  # steps of a segment: whole chunks
     segments = -(-length // per)
     before = (segments - 1) * b * k * d
     ends = new(before * (n + 1), dtype=torch.float32)
     end_states, end_steps = (ends[: before * n], ends[before * n :]) if before else (y, y)
-    arguments = *call.tensors, y, last, y if states is None else states, end_states, end_steps
-    sizes = k, length, d, per, *call.strides
-    extra = f"KEEP={int(states is not None)}", *(() if dtype == torch.float32 else ("NARROW",))
+    arguments = *inputs.tensors, y, last, y if states is None else states, end_states, end_steps
+    sizes = k, length, d, per, *inputs.strides
+    flags = f"KEEP={int(states is not None)}", *(() if dtype == torch.float32 else ("NARROW",))
+    defines = *inputs.defines(plan), *flags
+    blocks = b * k * -(-d // plan.channels)
     if segments > 1:
-        call.launch("ends", extra, segments - 1, *arguments, *sizes)
-    call.launch("forward", extra, segments, *arguments, *sizes)
+        nvrtc.kernel(SOURCE, "ends", defines, inputs.device)((blocks, segments - 1), plan.threads, *arguments, *sizes)
+    nvrtc.kernel(SOURCE, "forward", defines, inputs.device)((blocks, segments), plan.threads, *arguments, *sizes)
     return y, last
 
 
@@ -105,91 +109,79 @@ def backward(
     """Gradients of u, delta, A, B, C, D, z, bias, in their shapes and dtypes; None where the input is None."""
     tensors = u, delta, A, B, C, D, z, bias
     (b, k, length, d), n = u.shape, A.shape[-1]
-    call = Call(tensors, softplus, BACKWARD_WARPS)
+    inputs, plan = Inputs(tensors, softplus), _backward_plan(b * k, d, n, u.device)
+    blocks, rows = -(-d // plan.channels), b * k * length
     new = states.new_empty if u.numel() else states.new_zeros  # of nothing the sums are zeros
-    du, ddelta, dz = (call.none if t is None else new(u.shape, dtype=u.dtype) for t in (u, delta, z))
-    dA, dmaps, dD, dbias = new(b, k, d, n), new(call.blocks // (b * k), b, k, length, 2, n), new(b, k, d), new(b, k, d)
+    du, ddelta, dz = (inputs.none if t is None else new(t.shape, dtype=u.dtype) for t in (u, delta, z))
+    dB, dC = (new(t.shape, dtype=u.dtype) for t in (B, C))
+    dA, dmaps, dD, dbias = new(b, k, d, n), new(blocks, rows, 2, n), new(b, k, d), new(b, k, d)
     if du.numel():
         dy = dy.to(states.dtype).contiguous()
-        arguments = dy, states, *call.tensors, du, ddelta, dz, dA, dmaps, dD, dbias, k, length, d, *call.strides
-        shared = call.shared_bytes()
-        call.launch("backward", ("KEEP=1", f"BACKWARD_BYTES={shared}"), 1, *arguments, shared=shared)
-    dB, dC = (part.sum(0) for part in dmaps.unbind(-2))  # apart, since no two results may share memory
+        dy = dy.clone() if dy.data_ptr() % 8 else dy  # two are read at once
+        shared, defines = _backward_defines(plan, n, z is not None, length)
+        defines = *inputs.defines(plan), *defines
+        run = nvrtc.kernel(BACKWARD[type(plan)], "backward", defines, inputs.device, shared)
+        fold = nvrtc.kernel(FOLD, "fold", (TYPES[u.dtype], f"N={n}"), inputs.device)
+        arguments = dy, states, *inputs.tensors, du, ddelta, dz, dA, dmaps, dD, dbias
+        run((b * k * blocks, 1), plan.threads, *arguments, k, length, d, *inputs.strides)
+        fold((-(-rows * 2 * n // 256), 1), 256, dmaps, dB, dC, blocks, rows)
     grads = du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0)
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
-class Plan(NamedTuple):
-    """How the work is shared out: states of a lane, lanes of a channel, segments of a sequence, threads of a block."""
-
-    share: int
-    lanes: int
-    segments: int
-    threads: int
-    defines: tuple[str, ...]
-
-
 @cache
-def _plan(
-    dtype: torch.dtype, sequences: int, d: int, n: int, warps: int, length: int, wide: int, flags: tuple[bool, ...]
-) -> Plan:
-    share, lanes, segments = _shares(sequences * d, n, warps, length)
-    threads = max(128, 16 * lanes)
-    sizes = f"N={n}", f"S={share}", f"WIDE={wide}", f"THREADS={threads}"
-    given = (f"{name}={int(flag)}" for name, flag in zip(FLAGS, flags, strict=True))
-    return Plan(share, lanes, segments, threads, (TYPES[dtype], *sizes, *given))
+def _backward_plan(sequences: int, channels: int, states: int, device: torch.device) -> Plan:
+    return plans.backward(sequences, channels, states, gpu_of(device))
 
 
-@cache
-def _kernel(name: str, plan: Plan, defines: tuple[str, ...], device: int, shared: int) -> nvrtc.Kernel:
-    return nvrtc.kernel(SOURCE, name, (*plan.defines, *defines), device, shared)
+def gpu_of(device: torch.device) -> plans.GPU:
+    """What a plan needs to know of it."""
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", plans.GPU._field_defaults["shared"])
+    return plans.GPU(found.multi_processor_count, shared)
 
 
-class Call:
-    """What launches have in common: tensors as the kernels read them, and the plan.
+def _backward_defines(plan: Plan, states: int, has_z: bool, length: int) -> tuple[int, tuple[str, ...]]:
+    """Bytes of shared memory, and what the compiler is told beside the inputs."""
+    if isinstance(plan, plans.StateLanes):
+        shared = plan.shared_bytes(has_z)
+        return shared, (f"BYTES={shared}",)
+    shared = plan.shared_bytes(states, has_z)
+    return shared, (f"BYTES={shared}", f"TAIL={plans.tail(length)}")
+
+
+class Inputs:
+    """u, delta, A, B, C, D, z, bias as the kernels read them.
 
     Args:
-        tensors: u, delta, A, B, C, D, z, bias. softplus: whether delta goes through it.
-        warps: about as many are wanted. segmented: whether sequences may be cut.
+        tensors: these. softplus: whether delta goes through it.
     """
 
-    def __init__(self, tensors: tuple[Any, ...], softplus: bool, warps: int, segmented: bool = False):
+    def __init__(self, tensors: tuple[Any, ...], softplus: bool):
         u, delta, A, B, C, D, z, bias = tensors
-        self.none = u  # a pointer that is not read
+        self.none, self.device = u, u.device.index  # a pointer that is not read
         flags = D is not None, z is not None, bias is not None, softplus
         u, delta, z = (self.none if t is None else t.to(u.dtype).contiguous() for t in (u, delta, z))
         rates, skip, shift = (self.none if t is None else t.float().contiguous() for t in (A, D, bias))
         self.tensors, self.strides = (u, delta, rates, B, C, skip, z, shift), (*B.stride(), *C.stride())
-        (b, k, length, d), n, pair = u.shape, A.shape[-1], 2 * u.itemsize
-        wide = 1 if d % 2 or any(t.data_ptr() % pair for t in (u, delta, z)) else 2
-        self.plan = _plan(u.dtype, b * k, d, n, warps, length if segmented else 0, wide, flags)
-        self.blocks = b * k * -(-d // (self.plan.threads // self.plan.lanes))
-        self.has_z = flags[1]
+        wide = 1 if u.shape[-1] % 2 or any(t.data_ptr() % (2 * u.itemsize) for t in (u, delta, z)) else 2
+        self.key = u.dtype, A.shape[-1], wide, _side_by_side(B) and _side_by_side(C), flags
 
-    def launch(self, name: str, defines: tuple[str, ...], segments: int, *arguments: Tensor | int, shared: int = 0):
-        """Run a kernel of the source on the tensors' device."""
-        run = _kernel(name, self.plan, defines, self.tensors[0].device.index, shared)
-        run((self.blocks, segments), self.plan.threads, *arguments)
-
-    def shared_bytes(self) -> int:
-        """Of a block's shared memory in the backward: the source's structure of that name."""
-        share, lanes, _, threads, _ = self.plan
-        states, channels = lanes * share, threads // lanes
-        maps, before = CHUNK * 2 * states, CHUNK // SUB * share * threads
-        d_maps = 2 * (threads // 32) * SUB * 2 * states
-        return 4 * ((4 if self.has_z else 3) * CHUNK * channels + maps + before + d_maps)
+    def defines(self, plan: Plan) -> tuple[str, ...]:
+        """What the compiler is told."""
+        return _defines((f"S={plan.share}", *plan.defines()), math.gcd(plan.share, 4), *self.key)
 
 
-def _shares(channels: int, states: int, warps: int, length: int) -> tuple[int, int, int]:
-    """States of a lane, lanes of a channel, segments of a sequence: few lanes, but about as many ``warps`` in all.
+@cache
+def _defines(
+    plan: tuple[str, ...], most: int, dtype: torch.dtype, n: int, wide: int, together: bool, flags: tuple[bool, ...]
+) -> tuple[str, ...]:
+    sizes = f"N={n}", f"WIDE={wide}", f"MAPS={most if together else 1}"
+    given = (f"{name}={int(flag)}" for name, flag in zip(FLAGS, flags, strict=True))
+    return TYPES[dtype], *sizes, *plan, *given
 
-    Where half as many lanes as there could be do not give that, segments do it better than more lanes, if the sequence
-    is long enough for them: they cost a second pass.
-    """
-    lanes_of = {share: 1 << max(0, -(-states // share) - 1).bit_length() for share in SHARES}
-    possible = [(share, lanes) for share, lanes in lanes_of.items() if lanes <= MOST_LANES]
-    for share, lanes in possible[:2]:
-        if channels * lanes >= warps * 32:
-            return share, lanes, 1
-    segments = min(2 * warps * 32 // (channels * possible[0][1]), length // (2 * CHUNK))
-    return (*possible[0], segments) if segments >= FEWEST_SEGMENTS else (*possible[-1], 1)
+
+def _side_by_side(t: Tensor) -> bool:
+    """Whether 4 states' numbers of B or C can be read at once, from any state that 4 divides."""
+    aligned = not t.data_ptr() % (4 * t.itemsize) and not any(size % 4 for size in (t.shape[-1], *t.stride()[:-1]))
+    return aligned and t.stride(-1) == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vmamba.kernels import depthwise_silu_cuda, layer_norm_cuda, nvrtc, scan2d_cuda, selective_scan_cuda
+from vmamba.kernels import selective_scan_plan as plans
 
 pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")
 
@@ -123,19 +124,30 @@ def test_a_launch_that_fails_is_told(driver):
         nvrtc.Kernel(ctypes.c_void_p(5), 0, 0)((1, 1), 32, 2**31)
 
 
-@pytest.mark.parametrize("warps", [1, 1 << 20])
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize(
     "dtype, n, d, z", [(torch.bfloat16, 16, 8, False), (torch.float32, 5, 7, True), (torch.float16, 64, 8, True)]
 )
-def test_selective_scan_compiles(dtype, n, d, z, warps):
+def test_selective_scan_compiles(dtype, n, d, z, few):
     u, maps = torch.zeros(1, 1, 1, d, dtype=dtype), torch.zeros(1, 1, 1, n, dtype=dtype)
     tensors = (u, u, torch.zeros(1, d, n), maps, maps, torch.zeros(1, d), u if z else None, None)
-    call = selective_scan_cuda.Call(tensors, True, warps)
-    assert call.shared_bytes() <= 227 * 1024  # what a block of the GPUs of compute capability 9.0 gets
-    defines = (*call.plan.defines, "KEEP=1", f"BACKWARD_BYTES={call.shared_bytes()}")
-    text = nvrtc.text_of(selective_scan_cuda.SOURCE)
-    cubin = nvrtc.compile(text, ["--gpu-architecture=sm_90", "--std=c++17", *(f"-D{define}" for define in defines)])
-    assert b"ends" in cubin and b"forward" in cubin and b"backward" in cubin
+    inputs, gpu = selective_scan_cuda.Inputs(tensors, True), plans.GPU(132 if few else 0, 227 * 1024)
+    forward, backward = plans.forward(64 if few else 1 << 20, n, 197), plans.backward(1, 64, n, gpu)
+    assert isinstance(backward, plans.StepLanes) == few
+    for source, names, plan, more in (
+        (selective_scan_cuda.SOURCE, (b"forward", b"ends"), forward, ("KEEP=1",) if few else ("KEEP=0", "NARROW")),
+        (
+            selective_scan_cuda.BACKWARD[type(backward)],
+            (b"backward",),
+            backward,
+            selective_scan_cuda._backward_defines(backward, n, z, 197)[1],
+        ),
+    ):
+        flags = ["--gpu-architecture=sm_90", "--std=c++17", *(f"-D{d}" for d in (*inputs.defines(plan), *more))]
+        cubin = nvrtc.compile(nvrtc.text_of(source), flags)
+        assert all(name in cubin for name in names)
+    flags = ["--gpu-architecture=sm_80", f"-D{selective_scan_cuda.TYPES[dtype]}", f"-DN={n}"]
+    assert b"fold" in nvrtc.compile(nvrtc.text_of(selective_scan_cuda.FOLD), flags)
 
 
 def test_a_mistake_is_told():

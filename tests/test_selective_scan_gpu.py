@@ -7,7 +7,7 @@ to float32 in every type, and gradients to the rounding of their own type.
 import pytest
 import torch
 
-from vmamba.kernels import selective_scan_cuda, selective_scan_reference, selective_scan_triton
+from vmamba.kernels import selective_scan_cuda, selective_scan_plan, selective_scan_reference, selective_scan_triton
 
 pytestmark = pytest.mark.gpu
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "bias")
@@ -59,19 +59,9 @@ def test_values_and_gradients(length, n, dtype):
         assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
 
 
-WARPS = {"few lanes": 1, "many lanes, in segments": 1 << 20}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda t: str(t).removeprefix("torch."))
-@pytest.mark.parametrize("n", [4, 5, 16, 32, 64])
-@pytest.mark.parametrize("length", [1, 63, 197, 600])
-@pytest.mark.parametrize("warps", WARPS)
-@pytest.mark.parametrize("extras, d", [((1, 1, 1), 133), ((1, 0, 1), 40), ((0, 0, 0), 133)])
-def test_values_and_gradients_of_cuda(length, n, dtype, warps, extras, d, monkeypatch):
-    monkeypatch.setattr(selective_scan_cuda, "FORWARD_WARPS", WARPS[warps])
-    monkeypatch.setattr(selective_scan_cuda, "BACKWARD_WARPS", WARPS[warps])
-    u, delta, A, B, C, *rest = scan_inputs(length, n, dtype, d=d)
-    tensors = (u, delta, A, B, C, *(t if there else None for t, there in zip(rest, extras, strict=True)))
+def check_cuda(tensors: tuple) -> None:
+    """y, last state, kept states and gradients of the CUDA scan, in float32 and in u's type, against float64."""
+    dtype, length = tensors[0].dtype, tensors[0].shape[2]
     assert selective_scan_cuda.why_not(*(t for t in tensors if t is not None)) is None
     exact = [None if t is None else t.double() for t in tensors]
     y, last, states = selective_scan_cuda.forward(*tensors, True)
@@ -85,10 +75,57 @@ def test_values_and_gradients_of_cuda(length, n, dtype, warps, extras, d, monkey
     expected = selective_scan_reference.backward(dy.double(), right[2], True, *exact)
     for name, gradient, correct, tensor in zip(NAMES, got, expected, tensors, strict=True):
         assert (gradient is None) == (tensor is None)
-        if tensor is not None:
+        if gradient is not None:
             assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
             error = errors([gradient], [correct])[0]
             assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
+
+
+PLANS = {  # warps that the forward wants, how the backward is planned, and for how many multiprocessors
+    "lanes share states": (1, selective_scan_plan.backward, 1),
+    "lanes share steps, large blocks": (1, selective_scan_plan.steps, 1),
+    "lanes share steps, small blocks; segments": (1 << 20, selective_scan_plan.steps, 1 << 20),
+}
+CUDA_CASES = [  # type, whether there are D, z and bias, channels
+    (torch.float32, (1, 1, 1), 133),
+    (torch.bfloat16, (1, 0, 1), 40),
+    (torch.bfloat16, (1, 1, 1), 40),
+    (torch.float16, (0, 0, 0), 133),
+]
+
+
+@pytest.mark.parametrize("dtype, extras, d", CUDA_CASES)
+@pytest.mark.parametrize("n", [4, 5, 16, 20, 64])
+@pytest.mark.parametrize("length", [1, 63, 65, 197, 600])
+@pytest.mark.parametrize("plan", PLANS)
+def test_values_and_gradients_of_cuda(length, n, dtype, plan, extras, d, monkeypatch):
+    warps, backward, processors = PLANS[plan]
+    gpu = selective_scan_cuda.gpu_of(torch.device("cuda"))._replace(processors=processors)
+    monkeypatch.setattr(selective_scan_plan, "WARPS", warps)
+    monkeypatch.setattr(selective_scan_plan, "MANY_WARPS", 0)
+    monkeypatch.setattr(selective_scan_cuda, "_backward_plan", lambda *sizes: backward(*sizes[:3], gpu))
+    u, delta, A, B, C, *rest = scan_inputs(length, n, dtype, d=d)
+    check_cuda((u, delta, A, B, C, *(t if there else None for t, there in zip(rest, extras, strict=True))))
+
+
+@pytest.mark.parametrize("length", [639, 640, 641, 672, 705, 1500])
+@pytest.mark.parametrize("gated", [True, False])
+def test_few_long_sequences(length, gated):
+    """As they are planned: cut into segments in the forward, chunks of several lengths at the end."""
+    u, delta, A, B, C, D, z, bias = scan_inputs(length, 16, torch.bfloat16, b=1, k=1, d=48)
+    assert selective_scan_plan.forward(48, 16, length).segments >= selective_scan_plan.FEWEST_SEGMENTS
+    check_cuda((u, delta, A, B, C, D, z if gated else None, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("n, stride, first", [(16, 40, 8), (16, 37, 3), (12, 40, 8), (16, 40, 2)])
+def test_strided_maps(n, stride, first, dtype):
+    """B and C as networks have them: parts of wider rows, aligned for wide reads or not; and as mamba-ssm's are."""
+    u, delta, A, *_, D, z, bias = scan_inputs(150, n, dtype)
+    rows = torch.randn(2, 2, 150, 2 * stride, device="cuda").to(dtype)
+    check_cuda((u, delta, A, rows[..., first : first + n], rows[..., stride : stride + n], D, z, bias))
+    transposed = rows[..., : 2 * n].transpose(2, 3).contiguous().transpose(2, 3)
+    check_cuda((u, delta, A, transposed[..., :n], transposed[..., n:], D, z, bias))
 
 
 @pytest.mark.parametrize("segments", sorted({s for _, s in selective_scan_triton.SEGMENTS}))

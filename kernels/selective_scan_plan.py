@@ -1,0 +1,126 @@
+"""How the CUDA C++ selective scan shares out its work: numbers, chosen from sizes and the GPU's.
+
+Constants were measured on an H200 (132 multiprocessors); docs/performance.md has the times.
+"""
+
+from typing import NamedTuple
+
+from vmamba.kernels.selective_scan_reference import CHUNK
+
+SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
+MOST_LANES = 16
+WARPS = 1500  # about as many fill a large GPU, if each walks a whole sequence
+SEGMENT_WARPS = 4224  # and if each walks a segment
+FEWEST_SEGMENTS = 4  # at least as many, or none
+MANY_WARPS = 24  # of a multiprocessor: the backward needs no lanes that share steps
+SUB = 8  # steps that selective_scan_backward.cu has in registers
+STEP_LANES, CHANNEL_LANES = 8, 4  # of a warp, where lanes share steps
+MOST_THREADS = 384  # of a block, where lanes share steps
+SHORT = 1024  # steps; the last chunk of longer ones is like the others
+
+
+class GPU(NamedTuple):
+    """Its multiprocessors, and bytes of shared memory that a block may have (by default, what any from 8.0 on has)."""
+
+    processors: int
+    shared: int = 99 * 1024
+
+
+class StateLanes(NamedTuple):
+    """Lanes share states: states of a lane, lanes of a channel, segments of a sequence."""
+
+    share: int
+    lanes: int
+    segments: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return max(128, 16 * self.lanes)
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.threads // self.lanes
+
+    def defines(self) -> tuple[str, ...]:
+        """What the compiler is told beside ``share``."""
+        return (f"THREADS={self.threads}",)
+
+    def shared_bytes(self, has_z: bool) -> int:
+        """Of a block's shared memory in the backward: the source's structure ``Backward``."""
+        states = self.lanes * self.share
+        maps, before = CHUNK * 2 * states, CHUNK // SUB * self.share * self.threads
+        d_maps = 2 * (self.threads // 32) * SUB * 2 * states
+        return 4 * ((3 + has_z) * CHUNK * self.channels + maps + before + d_maps)
+
+
+class StepLanes(NamedTuple):
+    """Lanes share steps: channels of a block, states of a thread, groups of threads with other states of a channel."""
+
+    channels: int
+    share: int
+    groups: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return STEP_LANES * self.channels * self.groups
+
+    def defines(self) -> tuple[str, ...]:
+        """What the compiler is told beside ``share``."""
+        return (f"CHANNELS={self.channels}",)
+
+    def shared_bytes(self, states: int, has_z: bool) -> int:
+        """Of a block's shared memory: the source's ``Shared``, for as many ``states`` of a channel."""
+        row, maps = self.channels * CHUNK, self.share * self.groups * (CHUNK + 4)
+        sums = 2 * (maps + 16) * self.channels // CHANNEL_LANES
+        return 4 * (3 * row + 2 * (maps + 8) + self.channels * states + sums + (2 + has_z) * self.groups * row)
+
+
+def forward(channels: int, states: int, length: int) -> StateLanes:
+    """Few lanes, but about ``WARPS`` warps in all, for so many channels of all sequences together.
+
+    Where half as many lanes as there could be do not give that, segments do it better than more lanes, if the sequence
+    is long enough for them: they cost a second pass.
+    """
+    possible = _state_lanes(states)
+    for plan in possible[:2]:
+        if channels * plan.lanes >= WARPS * 32:
+            return plan
+    segments = min(SEGMENT_WARPS * 32 // (channels * possible[0].lanes), length // (2 * CHUNK))
+    return possible[0]._replace(segments=segments) if segments >= FEWEST_SEGMENTS else possible[-1]
+
+
+def backward(sequences: int, channels: int, states: int, gpu: GPU) -> StateLanes | StepLanes:
+    """Lanes share states where there are sequences enough, else steps."""
+    lanes = _state_lanes(states)[0]
+    many = sequences * channels * lanes.lanes >= MANY_WARPS * 32 * gpu.processors
+    return lanes if many and lanes.shared_bytes(True) <= gpu.shared else steps(sequences, channels, states, gpu)
+
+
+def steps(sequences: int, channels: int, states: int, gpu: GPU) -> StepLanes:
+    """Blocks that leave the busiest multiprocessor the least; a block costs about as much as 4 channels of it."""
+    possible = []
+    for at_most in (4, 8):
+        share = -(-states // -(-states // at_most))
+        groups = -(-states // share)
+        most = MOST_THREADS // (STEP_LANES * groups)
+        possible += [StepLanes(block, share, groups) for block in range(CHANNEL_LANES, most + 1, CHANNEL_LANES)]
+
+    def work(plan: StepLanes) -> int:
+        return -(-sequences * -(-channels // plan.channels) // gpu.processors) * (plan.channels + 4)
+
+    return min((plan for plan in possible if plan.shared_bytes(states, True) <= gpu.shared), key=work)
+
+
+def tail(length: int) -> int:
+    """Steps of a lane in the last chunk, where lanes share steps: what it takes, if that is a good part of all."""
+    last = -(-((length - 1) % CHUNK + 1) // STEP_LANES)
+    return 1 << (last - 1).bit_length() if length < SHORT else CHUNK // STEP_LANES
+
+
+def _state_lanes(states: int) -> list[StateLanes]:
+    """The cheapest first."""
+    possible = [StateLanes(share, 1 << max(0, -(-states // share) - 1).bit_length()) for share in SHARES]
+    return [plan for plan in possible if plan.lanes <= MOST_LANES]
