@@ -3,8 +3,9 @@
 An operator ``op`` has one module per backend, ``vmamba.kernels.<op>_<backend>``, with a function
 ``why_not(*tensors) -> str | None``: None where it can take these tensors, else the reason in plain words.
 
-Precedence: the ``backend=`` argument, ``with use_backend(...)``, the environment variable ``VMAMBA_BACKEND``,
-automatic. An explicit choice never falls back: it raises with the reason and with what would work.
+Precedence: the ``backend=`` argument, ``with use_backend(...)``, the environment variable ``VMAMBA_BACKEND`` (as it is
+when this module is imported), automatic. An explicit choice never falls back: it raises with the reason and with what
+would work.
 ``use_backend`` and the environment concern the operators that have such a backend; others choose by themselves.
 """
 
@@ -23,8 +24,12 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 
 ORDER = ("cuda", "triton", "cpu", "reference")
+ORDINARY = {Tensor, Parameter}
+TRITON = find_spec("triton") is not None
+INLINED = 1 << 20  # numbers of a map
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
+_environment = os.environ.get("VMAMBA_BACKEND", "")
 _forced: list[str] = []
 
 
@@ -61,7 +66,7 @@ def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType
 
 def _asked_for(operator: str) -> str:
     """What ``use_backend`` or the environment ask for, where ``operator`` has such a backend."""
-    name = _forced[-1] if _forced else os.environ.get("VMAMBA_BACKEND", "")
+    name = _forced[-1] if _forced else _environment
     return name if name and _known(name) in available(operator) else ""
 
 
@@ -88,22 +93,34 @@ def eager(*tensors: Tensor) -> bool:
 
     An operator may then be run directly, without PyTorch's dispatcher, which takes longer than a small scan.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return False
-    return all(type(t) in (Tensor, Parameter) and (t.is_cuda or t.is_cpu) for t in tensors)
+    return not any([type(t) not in ORDINARY or not (t.is_cuda or t.is_cpu) for t in tensors])
 
 
 def plain(*tensors: Tensor) -> bool:
     """Whether these tensors are :func:`eager` and no gradient is asked for."""
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and eager(*tensors)
+    return not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors])) and eager(*tensors)
+
+
+def inlines(*tensors: Tensor) -> bool:
+    """Whether a Triton kernel is to be traced by the compiler, and not an operator: small maps, without gradients.
+
+    The compiler launches it like its own, which takes the host a fraction of what an operator does; for large maps the
+    time of a kernel counts, and other kernels take less.
+    """
+    if not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or not TRITON:
+        return False
+    known = all(t.dtype in (torch.float16, torch.bfloat16, torch.float32) for t in tensors)
+    return known and not _forced and not _environment and tensors[0].is_cuda and tensors[0].numel() <= INLINED
 
 
 def other_types(tensors: Iterable[Tensor], types: Sequence[torch.dtype]) -> str | None:
     """Why a backend that takes ``types`` cannot take these tensors; None where it can."""
-    odd = {t.dtype for t in tensors}.difference(types)
-    return f"it takes {', '.join(map(str, types))}, got {', '.join(sorted(map(str, odd)))}" if odd else None
+    odd = [str(t.dtype) for t in tensors if t.dtype not in types]
+    return f"it takes {', '.join(map(str, types))}, got {', '.join(sorted(set(odd)))}" if odd else None
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vmamba.kernels import depthwise_silu_cuda, nvrtc
-from vmamba.kernels.backends import choose, eager, plain
+from vmamba.kernels.backends import choose, eager, inlines, plain
 from vmamba.kernels.operator import operator
 
 
@@ -38,6 +38,10 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bac
         return choose("depthwise_silu", backend or "", *present).forward(x, weight, bias)
     if eager(*present):
         return _Direct.apply(x, weight, bias, backend or "")
+    if not backend and inlines(x):
+        from vmamba.kernels import depthwise_silu_inline_triton
+
+        return depthwise_silu_inline_triton.forward(x, weight, bias)
     return torch.ops.vmamba.depthwise_silu(x, weight, bias, backend or "")
 
 

@@ -1,9 +1,13 @@
-// Layer normalisation, forward and backward: y = (x - mean) / sqrt(var + eps) weight + bias for each row of c channels.
+// A residual stream and its layer normalisation, forward and backward, for rows of c channels:
 //
-// LANES lanes hold ROWS rows at a time in registers (the backward one), each PER packs of PACK neighbouring channels of
-// a row: one pass over memory does. The backward computes mean and variance again; sums over rows stay in registers.
+// stream = x + factor[sample] branch,  y = (stream - mean) / sqrt(var + eps) weight + bias
 //
-// Compile-time: IN, OUT, WEIGHT (float, bf16 or fp16), LANES, ROWS, PER, PACK; T_FP32.
+// LANES lanes hold a row in registers, each PER packs of PACK neighbouring channels: one pass over memory does. The
+// backward has the next row on its way, and computes mean and variance again; its sums over rows stay in registers, are
+// left for each block, and `finish` adds them up.
+//
+// Compile-time: IN (type of x, the stream and its gradient), ADDED (of the branch), OUT (of y), WEIGHT: float, bf16 or
+// fp16; ADD (there is a branch), FACTOR (and a factor), DEEP (the stream has a gradient); LANES, PER, PACK; T_FP32.
 
 struct bf16 {
     unsigned short bits;
@@ -40,16 +44,24 @@ typedef float Row[PER][PACK];
 // The first channel of a lane's pack i
 __device__ __forceinline__ int channel(int i) { return (i * LANES + threadIdx.x % LANES) * PACK; }
 
-// Zeros where there is no row or channel
-template <typename T> __device__ __forceinline__ void load(Row& to, const T* from, int c, bool there) {
+// A row as it lies in memory; zeros where there is no row or channel
+template <typename T> __device__ __forceinline__ void fetch(Pack<T> (&to)[PER], const T* from, int c, bool there) {
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-        Pack<T> pack;
-        bool in = there && channel(i) < c;
-        if (in) pack = *(const Pack<T>*)(from + channel(i));
-#pragma unroll
-        for (int v = 0; v < PACK; v++) to[i][v] = in ? real(pack.v[v]) : 0.f;
+        to[i] = {};
+        if (there && channel(i) < c) to[i] = *(const Pack<T>*)(from + channel(i));
     }
+}
+
+template <typename T> __device__ __forceinline__ void widen(Row& to, const Pack<T> (&from)[PER]) {
+#pragma unroll
+    for (int i = 0; i < PER * PACK; i++) to[i / PACK][i % PACK] = real(from[i / PACK].v[i % PACK]);
+}
+
+template <typename T> __device__ __forceinline__ void load(Row& to, const T* from, int c, bool there) {
+    Pack<T> packs[PER];
+    fetch(packs, from, c, there);
+    widen(to, packs);
 }
 
 template <typename T> __device__ __forceinline__ void store(T* to, const Row& from, int c) {
@@ -77,8 +89,8 @@ __device__ __forceinline__ float total(float v) {
     return v;
 }
 
-// (row - mean) / std in place; returns 1 / std.
-__device__ __forceinline__ float normalise(Row& row, int c, float eps) {
+// row - mean in place; returns this lane's sum of squares.
+__device__ __forceinline__ float centre(Row& row, int c) {
     float sum = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < PER * PACK; i++) sum += row[i / PACK][i % PACK];
@@ -89,31 +101,37 @@ __device__ __forceinline__ float normalise(Row& row, int c, float eps) {
         row[i / PACK][i % PACK] = centred;
         squares += centred * centred;
     }
-    float scale = rsqrtf(total(squares) / c + eps);
-#pragma unroll
-    for (int i = 0; i < PER * PACK; i++) row[i / PACK][i % PACK] *= scale;
-    return scale;
+    return squares;
 }
 
+// x, branch, stream, y (rows, c); factor (samples), a sample has `each` rows
 extern "C" __global__ void __launch_bounds__(THREADS)
-forward(const IN* __restrict__ x, const WEIGHT* __restrict__ weight, const WEIGHT* __restrict__ bias,
-        OUT* __restrict__ y, int rows, int c, float eps) {
-    long long first = (blockIdx.x * (long long)TEAMS + threadIdx.x / LANES) * ROWS;
-    Row a[ROWS], w, b;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) load(a[r], x + (first + r) * c, c, first + r < rows);
+forward(const IN* __restrict__ x, const ADDED* __restrict__ branch, const ADDED* __restrict__ factor,
+        const WEIGHT* __restrict__ weight, const WEIGHT* __restrict__ bias, IN* __restrict__ stream,
+        OUT* __restrict__ y, int rows, int c, int each, float eps) {
+    long long at = blockIdx.x * (long long)TEAMS + threadIdx.x / LANES;
+    Row a, w, b;
+    Pack<ADDED> added[PER];
+    load(a, x + at * c, c, at < rows);
+    if (ADD) fetch(added, branch + at * c, c, at < rows);
     load(w, weight, c, true);
     load(b, bias, c, true);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        normalise(a[r], c, eps);
+    if (ADD) {
+        float kept = FACTOR && at < rows ? real(factor[int(at) / each]) : 1.f;
 #pragma unroll
         for (int i = 0; i < PER * PACK; i++) {
-            float& a_i = a[r][i / PACK][i % PACK];
-            a_i = a_i * w[i / PACK][i % PACK] + b[i / PACK][i % PACK];
+            float &a_i = a[i / PACK][i % PACK], h = real(added[i / PACK].v[i % PACK]);
+            a_i = real(stored<IN>(FACTOR ? fmaf(h, kept, a_i) : a_i + h));
         }
-        if (first + r < rows) store(y + (first + r) * c, a[r], c);
+        if (at < rows) store(stream + at * c, a, c);
     }
+    float scale = rsqrtf(total(centre(a, c)) / c + eps);
+#pragma unroll
+    for (int i = 0; i < PER * PACK; i++) {
+        float& a_i = a[i / PACK][i % PACK];
+        a_i = a_i * scale * w[i / PACK][i % PACK] + b[i / PACK][i % PACK];
+    }
+    if (at < rows) store(y + at * c, a, c);
 }
 
 // The sum over teams of what each lane holds, to one row of c channels
@@ -132,36 +150,80 @@ __device__ __forceinline__ void leave(float* to, const Row& from, int c) {
     }
 }
 
-// dweight and dbias (blocks, c): the sums over each block's rows
-extern "C" __global__ void __launch_bounds__(THREADS, PER * PACK > 16 ? 1 : 2)
-backward(const OUT* __restrict__ dy, const IN* __restrict__ x, const WEIGHT* __restrict__ weight,
-         IN* __restrict__ dx, float* __restrict__ dweight, float* __restrict__ dbias, int rows, int c, float eps) {
-    Row sum_w = {}, sum_b = {};
-    for (long long start = blockIdx.x * (long long)TEAMS; start < rows; start += gridDim.x * (long long)TEAMS) {
-        long long at = start + threadIdx.x / LANES;
-        Row a, g, w;
-        load(a, x + at * c, c, at < rows);
-        load(g, dy + at * c, c, at < rows);
-        load(w, weight, c, true);
-        float scale = normalise(a, c, eps), mean = 0, along = 0;
+struct Held {
+    Pack<IN> x[PER];
+    Pack<OUT> g[PER];
+};
+
+// sums (blocks, 2, c): those of the gradients of weight and bias over each block's rows; dstream: the stream's gradient
+extern "C" __global__ void __launch_bounds__(THREADS, PER * PACK > 12 ? 1 : 2)
+backward(const OUT* __restrict__ dy, const IN* __restrict__ dstream, const IN* __restrict__ stream,
+         const ADDED* __restrict__ factor, const WEIGHT* __restrict__ weight, IN* __restrict__ dx,
+         ADDED* __restrict__ dbranch, float* __restrict__ sums, int rows, int c, int each, float eps) {
+    Row sum_w = {}, sum_b = {}, w;
+    Held now, next;
+    long long at = blockIdx.x * (long long)TEAMS + threadIdx.x / LANES, step = gridDim.x * (long long)TEAMS;
+    auto fetch_all = [&](Held& to, long long row) {
+        fetch(to.x, stream + row * c, c, row < rows);
+        fetch(to.g, dy + row * c, c, row < rows);
+    };
+    load(w, weight, c, true);
+    fetch_all(now, at);
+    for (long long start = blockIdx.x * (long long)TEAMS; start < rows; start += step, at += step) {
+        Pack<IN> deep[PER];
+        if (DEEP) fetch(deep, dstream + at * c, c, at < rows);
+        if (PER * PACK <= 12) fetch_all(next, at + step);
+        Row a, g;
+        widen(a, now.x);
+        widen(g, now.g);
+        float squares = centre(a, c), mean = 0, along = 0;
 #pragma unroll
         for (int i = 0; i < PER * PACK; i++) {
-            float &g_i = g[i / PACK][i % PACK], a_i = a[i / PACK][i % PACK];
+            float g_i = g[i / PACK][i % PACK] * w[i / PACK][i % PACK];
+            mean += g_i;
+            along += g_i * a[i / PACK][i % PACK];
+        }
+        float scale = rsqrtf(total(squares) / c + eps);
+        mean = total(mean) / c;
+        along = total(along) * scale / c;
+#pragma unroll
+        for (int i = 0; i < PER * PACK; i++) {
+            float &a_i = a[i / PACK][i % PACK], g_i = g[i / PACK][i % PACK];
+            a_i *= scale;
             sum_b[i / PACK][i % PACK] += g_i;
             sum_w[i / PACK][i % PACK] += g_i * a_i;
-            g_i *= w[i / PACK][i % PACK];
-            mean += g_i;
-            along += g_i * a_i;
+            a_i = (g_i * w[i / PACK][i % PACK] - mean - a_i * along) * scale;
+            if (DEEP) a_i += real(deep[i / PACK].v[i % PACK]);
         }
-        mean = total(mean) / c;
-        along = total(along) / c;
+        if (at < rows) {
+            store(dx + at * c, a, c);
+            if (ADD) {
+                float kept = FACTOR ? real(factor[int(at) / each]) : 1.f;
 #pragma unroll
-        for (int i = 0; i < PER * PACK; i++) {
-            float& a_i = a[i / PACK][i % PACK];
-            a_i = (g[i / PACK][i % PACK] - mean - a_i * along) * scale;
+                for (int i = 0; i < PER * PACK; i++) a[i / PACK][i % PACK] *= kept;
+                store(dbranch + at * c, a, c);
+            }
         }
-        if (at < rows) store(dx + at * c, a, c);
+        if (PER * PACK <= 12) now = next;
+        else fetch_all(now, at + step);
     }
-    leave(dweight + blockIdx.x * (long long)c, sum_w, c);
-    leave(dbias + blockIdx.x * (long long)c, sum_b, c);
+    leave(sums + blockIdx.x * 2ll * c, sum_w, c);
+    leave(sums + (blockIdx.x * 2ll + 1) * c, sum_b, c);
+}
+
+// sums (blocks, columns) -> (columns), in a fixed order; 32 columns of a block, an eighth of the rows of a warp
+extern "C" __global__ void __launch_bounds__(THREADS)
+finish(const float* __restrict__ sums, float* __restrict__ to, int blocks, int columns) {
+    __shared__ float parts[THREADS / 32][32];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * 32 + lane;
+    float sum = 0;
+    if (column < columns)
+#pragma unroll 8
+        for (int row = warp; row < blocks; row += THREADS / 32) sum += sums[row * (long long)columns + column];
+    parts[warp][lane] = sum;
+    __syncthreads();
+    if (warp || column >= columns) return;
+#pragma unroll
+    for (int w = 1; w < THREADS / 32; w++) sum += parts[w][lane];
+    to[column] = sum;
 }

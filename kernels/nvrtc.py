@@ -19,6 +19,7 @@ from torch import Tensor
 
 COMMON = Path(__file__).with_name("scan_common.cu")
 SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+NUMBERS = (int, float)
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -39,7 +40,7 @@ class Kernel:
         if torch.cuda.current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self(grid, threads, *arguments)
-        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        values = [a if isinstance(a, NUMBERS) else a.data_ptr() for a in arguments]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         with self._lock:
             slots = self._slots = self._slots or _Slots(arguments)

@@ -38,6 +38,9 @@ __device__ __forceinline__ int pixel_at(const int* route, int at, int length, in
     return step < length ? __ldg(route + step) : p;
 }
 
+// A as it is used, of A or of log(-A)
+__device__ __forceinline__ float decay(float v) { return LOG_A ? -expf(v) : v; }
+
 // A load that stays where it is written: ahead of the computation that hides it.
 __device__ __forceinline__ u16 fetch(const u16* base, unsigned offset) {
     u16 v;
@@ -131,7 +134,7 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
         const int* route = routes + (long long)ki * length;
         const u16* own = kept_pointer(projected + ki * WIDTH);
         float* kept = kept_pointer(states + (bi * k + ki) * ((length + TILE - 1) / TILE) * d * N + c * N);
-        float skip = D[ki * d + c], shift = bias[ki * d + c], rate = A[(ki * d + c) * N] * LOG2E;
+        float skip = D[ki * d + c], shift = bias[ki * d + c], rate = decay(A[(ki * d + c) * N]) * LOG2E;
         bool add = turn > 0 || !WHOLE;
         __syncthreads();  // the last route is done with shared memory
         for (int i = threadIdx.x; i < KS * 64; i += 256) {
@@ -198,7 +201,7 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
             }
 #pragma unroll 1
             for (int n = 0; n < N; n++, turns++) {
-                if (N > 1) rate = A[(ki * d + c) * N + n] * LOG2E;
+                if (N > 1) rate = decay(A[(ki * d + c) * N + n]) * LOG2E;
                 float a[STEPS], C[STEPS], gain[STEPS], product = 1, sum = 0;
 #pragma unroll
                 for (int j = 0; j < STEPS; j++) {

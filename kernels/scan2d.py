@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vmamba.kernels.backends import choose, eager, plain
+from vmamba.kernels import scan2d_cuda
+from vmamba.kernels.backends import choose, eager, inlines, plain
 from vmamba.kernels.operator import operator
 from vmamba.kernels.routes import Table, gather, merge
 from vmamba.kernels.selective_scan import route_scan
@@ -29,6 +30,7 @@ def scan2d(
     bias: Tensor,
     table: Table,
     *,
+    log_A: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Scan a map along k routes and sum the routes, pixel by pixel.
@@ -39,6 +41,7 @@ def scan2d(
         dt_proj: (k, d, r), delta = softplus(dt_proj factor + bias).
         A: (k, d, n), real. D, bias: (k, d).
         table: the routes over p pixels (``Scan.table``).
+        log_A: A is given as log(-A), as networks learn it; without gradients the CUDA C++ kernel then makes A itself.
         backend: ``cuda``, ``triton``, ``cpu``, ``reference`` or None for the best that takes these tensors.
 
     Returns:
@@ -49,14 +52,24 @@ def scan2d(
     """
     _check(x, projected, dt_proj, A, D, bias, table)
     gaps = table.padded and table.routes.shape[1] == x.shape[1]  # as long as the map, yet not through each pixel
-    if not table.once or gaps:
-        return _composed(x, projected, dt_proj, A, D, bias, table, backend)
-    tensors = (x, projected, dt_proj, A, D, bias)
+    fused, tensors = table.once and not gaps, (x, projected, dt_proj, A, D, bias)
+    if fused and not backend and inlines(*tensors):
+        from vmamba.kernels import scan2d_triton
+
+        return scan2d_triton.inline(*tensors, table.routes, log_A)
+    if log_A:
+        if fused and plain(*tensors) and choose("scan2d", backend or "", *tensors) is scan2d_cuda:
+            return scan2d_cuda.forward(*tensors, *table[:2], log_A=True)[0]
+        A = -torch.exp(A.to(torch.promote_types(A.dtype, torch.float32)))
+        tensors = (x, projected, dt_proj, A, D, bias)
+    if not fused:
+        return _composed(*tensors, table, backend)
     if plain(*tensors):
         return choose("scan2d", backend or "", *tensors).forward(*tensors, *table[:2])[0]
     if eager(*tensors):
         return _Direct.apply(*tensors, *table[:2], backend or "")
-    return torch.ops.vmamba.scan2d(*tensors, table.routes, table.inverse, backend or "")[0]
+    flat = projected.flatten(2)  # of four axes a compiler would move one
+    return torch.ops.vmamba.scan2d(x, flat, *tensors[2:], table.routes, table.inverse, backend or "")[0]
 
 
 def _composed(x, projected, dt_proj, A, D, bias, table: Table, backend: str | None) -> Tensor:
@@ -68,6 +81,11 @@ def _composed(x, projected, dt_proj, A, D, bias, table: Table, backend: str | No
     delta = dt @ dt_proj.to(dt.dtype).mT
     y = route_scan(gather(x, table), delta, A, B, C, D, delta_bias=bias, delta_softplus=True, backend=backend)
     return merge(y, table)
+
+
+def _four_axes(projected: Tensor, x: Tensor, dt_proj: Tensor, A: Tensor) -> Tensor:
+    """(b, p, k (r + 2n)) or (b, p, k, r + 2n) -> (b, p, k, r + 2n)"""
+    return projected.reshape(*x.shape[:2], A.shape[0], dt_proj.shape[-1] + 2 * A.shape[-1])
 
 
 @operator("scan2d")
@@ -82,7 +100,7 @@ def _forward(
     inverse: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (x, projected, dt_proj, A, D, bias)
+    tensors = (x, _four_axes(projected, x, dt_proj, A), dt_proj, A, D, bias)
     return choose("scan2d", backend, *tensors).forward(*tensors, routes, inverse)
 
 
@@ -100,8 +118,9 @@ def _backward(
     inverse: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (x, projected, dt_proj, A, D, bias)
-    return choose("scan2d", backend, *tensors).backward(dy, states, routes, inverse, *tensors)
+    tensors = (x, _four_axes(projected, x, dt_proj, A), dt_proj, A, D, bias)
+    dx, dprojected, *rest = choose("scan2d", backend, *tensors).backward(dy, states, routes, inverse, *tensors)
+    return dx, dprojected.view(projected.shape), *rest
 
 
 @_forward.register_fake

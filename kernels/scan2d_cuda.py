@@ -44,15 +44,16 @@ def _wrong_size(x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, *rest:
 
 
 def forward(
-    x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, bias: Tensor, routes: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y (b, p, d) and the states before each chunk (b, k, chunks, d, n), both float32."""
+    x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, bias: Tensor, routes: Tensor, inverse: Tensor,
+    log_A: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (b, p, d) and the states before each chunk (b, k, chunks, d, n), both float32; A may be log(-A)."""
     (b, p, d), (k, length), n = x.shape, routes.shape, A.shape[-1]
     maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
     groups, blocks = _grid(x, k, length)
     y = _new(x, length == p)(groups, b, p, d, dtype=torch.float32)
     states = x.new_empty(b, k, -(-length // TILE), d, n, dtype=torch.float32)
-    run = _kernel("forward", x.dtype, n, dt_proj.shape[-1], length == p, x.device.index)
+    run = _kernel("forward", x.dtype, n, dt_proj.shape[-1], length == p, x.device.index, log_A)
     run((blocks, groups), THREADS, *maps, *weights, routes, y, states, p, k, length, d, k // groups, b)
     return _total(y), states
 
@@ -90,16 +91,18 @@ def backward(
 
 
 @cache
-def _kernel(name: str, dtype: torch.dtype, n: int, rank: int, whole: bool, device: int) -> nvrtc.Kernel:
+def _kernel(
+    name: str, dtype: torch.dtype, n: int, rank: int, whole: bool, device: int, log_A: bool = False
+) -> nvrtc.Kernel:
     forward_bytes, backward_bytes = shared_bytes(n, rank)
     shared = {"forward": forward_bytes, "backward": backward_bytes, "totals": 0}
-    return nvrtc.kernel(SOURCE, name, defines(dtype, n, rank, whole), device, shared[name])
+    return nvrtc.kernel(SOURCE, name, defines(dtype, n, rank, whole, log_A), device, shared[name])
 
 
-def defines(dtype: torch.dtype, n: int, rank: int, whole: bool) -> tuple[str, ...]:
+def defines(dtype: torch.dtype, n: int, rank: int, whole: bool, log_A: bool = False) -> tuple[str, ...]:
     """The compile-time settings of the source."""
     forward_bytes, backward_bytes = shared_bytes(n, rank)
-    sizes = f"N={n}", f"R={rank}", f"WHOLE={int(whole)}"
+    sizes = f"N={n}", f"R={rank}", f"WHOLE={int(whole)}", f"LOG_A={int(log_A)}"
     shared = f"FORWARD_BYTES={forward_bytes}", f"BACKWARD_BYTES={backward_bytes}"
     return TYPES[dtype], *sizes, *shared, f"FORWARD_BLOCKS={FORWARD_BLOCKS}", f"BACKWARD_BLOCKS={BACKWARD_BLOCKS}"
 

@@ -39,7 +39,7 @@ def _forward_kernel(
     x, projected, dt_proj, A, D, bias, routes, y, states,
     p, k, length, d, share, rows,
     N: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    S: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, LOG_A: tl.constexpr,
 ):  # fmt: skip
     real = y.dtype.element_ty
     W: tl.constexpr = R + 2 * N
@@ -79,7 +79,10 @@ def _forward_kernel(
             push = step * ut
             out = ut * skip
             for n in range(N):
-                rate = tl.load(A + (ki * d + c) * N + n, in_c, 0).to(real) * LOG2E
+                rate = tl.load(A + (ki * d + c) * N + n, in_c, 0).to(real)
+                if LOG_A:
+                    rate = -tl.exp(rate)
+                rate *= LOG2E
                 Bt = tl.load(own + pixel * k * W + R + n, in_t, 0).to(real)[:, :, None]
                 Ct = tl.load(own + pixel * k * W + R + N + n, in_t, 0).to(real)[:, :, None]
                 a = tl.exp2(step * rate[None, None, :])
@@ -219,8 +222,25 @@ def forward(
     groups, grid, options = _launch(x, dt_proj, routes, n, WIDE if wide else LONG)
     y = _slices(x, groups, options["WHOLE"])
     with _on(x):
-        _forward_kernel[grid](*tensors, y, states, p, k, length, d, k // groups, b, CHUNK=CHUNK, **options)
+        sizes = p, k, length, d, k // groups, b
+        _forward_kernel[grid](*tensors, y, states, *sizes, CHUNK=CHUNK, LOG_A=False, **options)
     return _total(y), states
+
+
+def inline(
+    x: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, D: Tensor, bias: Tensor, routes: Tensor, log_A: bool
+) -> Tensor:
+    """The forward's y in code that ``torch.compile`` traces, which launches the kernel as its own; A may be log(-A)."""
+    b, p, d = x.shape
+    (k, length), n = routes.shape, A.shape[-1]
+    groups, grid, options = _launch(x, dt_proj, routes, n, {"S": LONG["S"], "BD": LONG["BD"]})
+    tensors = [t.contiguous() for t in (x, projected, dt_proj, A, D, bias, routes)]
+    states = x.new_empty(b, k, triton.cdiv(length, CHUNK), d, n, dtype=torch.float32)
+    y = _slices(x, groups, options["WHOLE"])
+    _forward_kernel[grid](
+        *tensors, y, states, p, k, length, d, k // groups, b, CHUNK=CHUNK, LOG_A=log_A, **options
+    )  # fmt: skip
+    return _total(y)
 
 
 def backward(

@@ -27,7 +27,7 @@ def test_automatic_choice_asks_the_tensor():
 
 
 def test_precedence(monkeypatch):
-    monkeypatch.setenv("VMAMBA_BACKEND", "reference")
+    monkeypatch.setattr(backends, "_environment", "reference")
     assert chosen() == "reference"
     with vmamba.use_backend("cpu"):
         assert chosen() == "cpu"

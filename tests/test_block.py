@@ -5,8 +5,9 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from vmamba import block
-from vmamba.block import add_branch, watched
+from vmamba import residual
+from vmamba.narrow import watched
+from vmamba.residual import add_branch
 
 
 def both(x, branch, drop_path):
@@ -39,9 +40,9 @@ def test_gpu_same_as_timm(wide, narrow, scale):
 def test_product(probability):
     x, branch = (torch.randn(6, 2, 3, 4, requires_grad=True) for _ in range(2))
     kept = torch.tensor([0.0, 1, 0, 2, 1, 1])[:, None, None, None] * probability
-    y = block._AddProduct.apply(x, branch, kept)
+    y = residual._AddProduct.apply(x, branch, kept)
     assert torch.equal(y, torch.addcmul(x, branch, kept))
-    assert torch.autograd.gradcheck(block._AddProduct.apply, (x.double(), branch.double(), kept.double()))
+    assert torch.autograd.gradcheck(residual._AddProduct.apply, (x.double(), branch.double(), kept.double()))
 
 
 def test_elsewhere_it_is_timms():

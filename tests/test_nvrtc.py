@@ -29,12 +29,13 @@ def test_scan2d_compiles(architecture, settings):
 
 
 def test_layer_norm_compiles():
-    half, full = torch.bfloat16, torch.float32
-    for types, rows in (((full, half, full), (96, True)), ((half, torch.float16, half), (8191, False))):
-        flags = [f"-D{define}" for define in layer_norm_cuda.defines(*types, layer_norm_cuda.plan(*rows))]
+    half, full, kind = torch.bfloat16, torch.float32, layer_norm_cuda.Kind
+    kinds = kind(full, half, half, full, True, True, True), kind(half, full, torch.float16, half)
+    for chosen, rows in zip(kinds, ((96, True), (8191, False)), strict=True):
+        flags = [f"-D{define}" for define in layer_norm_cuda.defines(chosen, layer_norm_cuda.plan(*rows))]
         text = nvrtc.text_of(layer_norm_cuda.SOURCE)
         cubin = nvrtc.compile(text, ["--gpu-architecture=sm_80", "--std=c++17", *flags])
-        assert b"backward" in cubin and b"forward" in cubin
+        assert all(name in cubin for name in (b"backward", b"forward", b"finish"))
 
 
 @pytest.mark.parametrize("settings", [(torch.bfloat16, 3, True), (torch.float32, 5, False)], ids=str)

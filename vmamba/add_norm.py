@@ -5,9 +5,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vmamba.block import watched
 from vmamba.kernels.add_norm import Norm, add_norm
 from vmamba.kernels.backends import eager, plain
+from vmamba.narrow import watched
 from vmamba.norm import LayerNorm
 from vmamba.precision import autocasts
 

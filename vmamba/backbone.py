@@ -8,6 +8,7 @@ from timm.layers import ClassifierHead
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from vmamba.block import run_blocks
 from vmamba.norm import LayerNorm
 from vmamba.protocol import TimmModel
 
@@ -27,7 +28,7 @@ class Stage(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """All blocks, one after the other: (b, h, w, c) -> (b, h, w, c)"""
-        return cast(Tensor, checkpoint_seq(self.blocks, x)) if self.grad_checkpointing else self.blocks(x)
+        return cast(Tensor, checkpoint_seq(self.blocks, x)) if self.grad_checkpointing else run_blocks(self.blocks, x)
 
 
 class Backbone(TimmModel):

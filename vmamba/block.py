@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp, calculate_drop_path_rates
+from timm import layers
+from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vmamba.kernels.backends import eager
+from vmamba.narrow import PLAIN, free, narrow, watched
 from vmamba.norm import LayerNorm
+from vmamba.residual import add_then_norm
 
 
 class Block(nn.Module):
@@ -51,45 +52,39 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        x = add_branch(x, self.scale1(self.mixer(self.norm1(x))), self.drop_path)
+        return self.step(x, self.norm1(x), None)[0]
+
+    def step(self, x: Tensor, y: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """The stream x with y = norm1(x) -> the stream after this block, and ``norm`` of it (itself for None)."""
+        branch = self.scale1(self.mixer(y))
         if self.norm2 is not None and self.mlp is not None:
-            x = add_branch(x, self.scale2(self.mlp(self.norm2(x))), self.drop_path)
-        return x
+            x, y = add_then_norm(x, branch, self.drop_path, self.norm2)
+            branch = self.scale2(self.mlp(y))
+        return add_then_norm(x, branch, self.drop_path, norm)
 
 
-def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
-    """x + drop_path(branch), (b, ..., c); in one pass over memory where a GPU trains, and one in the backward."""
-    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
-        return x + drop_path(branch)
-    fits = eager(x, branch) and x.is_cuda and torch.promote_types(x.dtype, branch.dtype) == x.dtype
-    if watched(drop_path) or not fits:
-        return x + drop_path(branch)
-    keep = 1 - drop_path.drop_prob
-    kept = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
-    if keep > 0 and drop_path.scale_by_keep:
-        kept.div_(keep)
-    return _AddProduct.apply(x, branch, kept)
+def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """``blocks(x)``; what a block adds to the stream and the norm of the next one are one step where they can be."""
+    every = [block for block in blocks if type(block) is Block]
+    if not every or len(every) < len(blocks) or watched(blocks, *every) or not free(x):
+        return blocks(x)  # a hook, a wrapper, or whoever traces, is to see each block
+    norms = [block.norm1 for block in every[1:]] + [None]
+    y = cast(Tensor, every[0].norm1(x))
+    for block, norm in zip(every, norms, strict=True):
+        x, y = block.step(x, y, norm)
+    return x
 
 
-class _AddProduct(torch.autograd.Function):
-    """x + branch * factor; ``out`` keeps autocast from widening the branch first."""
+class Mlp(layers.Mlp):
+    """timm's, whose weights are cast together under autocast."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        ctx.dtype = branch.dtype
-        return torch.addcmul(x, branch, factor, out=torch.empty_like(x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = ctx.saved_tensors
-        return dy, torch.mul(dy, factor, out=torch.empty_like(dy, dtype=ctx.dtype)), None
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether hooks are to run when one of these modules is called, so that it must be."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., c) -> (..., c)"""
+        (fc1, fc2), _ = narrow(x, (self.fc1, self.fc2))
+        idle = self.drop1.p == self.drop2.p == 0 and type(self.norm) is nn.Identity
+        if idle and not watched(self.drop1, self.norm, self.drop2):
+            return fc2(self.act(fc1(x)))
+        return self.drop2(fc2(self.norm(self.drop1(self.act(fc1(x))))))
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -111,6 +106,13 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h', w', c')"""
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def filtered(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with another weight and bias."""
+        return self._conv_forward(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+
+
+PLAIN[Conv2d] = lambda conv, **cast: partial(conv.filtered, **cast)
 
 
 def channels_first(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.kernels import layer_norm_cuda, nvrtc
 from vmamba.kernels.backends import choose, eager
+from vmamba.kernels.residual_norm import residual_norm
 
 EPS = 1e-5
 
@@ -14,7 +16,7 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last axis, whose result is in the type that the next layer computes in.
 
     Under autocast PyTorch's own returns float32, which the next matrix product then casts; here the cast is part of the
-    norm. Inside ``torch.compile`` it is PyTorch's own, which the compiler fuses with its neighbours.
+    norm. Where inference is compiled it is PyTorch's own, which the compiler fuses with its neighbours.
 
     Args:
         channels: size c of the last axis.
@@ -29,12 +31,38 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., c) -> (..., c)"""
-        if not (input.is_cuda and eager(input, self.weight, self.bias)):
+        if not input.is_cuda:
             return super().forward(input)
-        dtype = input.dtype
-        if torch.is_autocast_enabled("cuda"):
-            dtype = torch.float32 if self.wide else torch.get_autocast_dtype("cuda")
+        if not eager(input, self.weight, self.bias):
+            if opaque(input, self.weight, self.bias):
+                dtype = result_type(self, input)
+                return residual_norm(input, None, None, self.weight, self.bias, eps=self.eps, dtype=dtype)[0]
+            return super().forward(input)
+        dtype = result_type(self, input)
         backend = choose("layer_norm", "", input, self.weight, self.bias)
         if input.numel() < backend.LEAST:
             return super().forward(input).to(dtype)
         return backend.forward(input, self.weight, self.bias, self.eps, dtype)
+
+
+def result_type(norm: LayerNorm, input: Tensor) -> torch.dtype:
+    """That of the next layer under autocast, which is on for a GPU; else that of ``input``."""
+    if not torch.is_autocast_enabled("cuda"):
+        return input.dtype
+    return torch.float32 if norm.wide else torch.get_autocast_dtype("cuda")
+
+
+def opaque(*tensors: Tensor) -> bool:
+    """Whether norms of these tensors on a GPU are to be operators of ours: eagerly, and where training is compiled.
+
+    The compiler fuses a norm with its neighbours, which is best for inference; its backward takes longer than ours.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return eager(*tensors)
+    known = all(t.dtype in layer_norm_cuda.TYPES for t in tensors) and tensors[0].shape[-1] <= layer_norm_cuda.WIDEST
+    return known and torch.is_grad_enabled() and _compiles()
+
+
+@torch.compiler.assume_constant_result
+def _compiles() -> bool:
+    return nvrtc.why_not() is None

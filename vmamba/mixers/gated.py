@@ -7,8 +7,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from vmamba.block import Conv2d, watched
+from vmamba.block import Conv2d
 from vmamba.kernels.depthwise_silu import depthwise_silu, fused
+from vmamba.narrow import Layer, narrow, watched
 from vmamba.norm import LayerNorm
 
 LINEAR = partial(nn.Linear, bias=False)
@@ -59,21 +60,27 @@ class GatedMixer(nn.Module):
         """(b, h, w, d) -> (b, h, w, d), float32 or wider."""
         raise NotImplementedError
 
+    def scan_weights(self) -> tuple[Tensor, ...]:
+        """What :meth:`scan_map` takes after x: weights of its matrix products, perhaps in a narrower type."""
+        return ()
+
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        x = self.in_proj(x)
-        if self.gate is None:
-            return self.out_proj(self._mix(x))
-        x, z = x.chunk(2, -1)
-        return self.out_proj(self._mix(x) * self.gate(z))
+        conv, weights = self.conv, self.scan_weights()
+        if torch.is_grad_enabled() and type(conv) is Conv2d:
+            (in_proj, out_proj, conv), weights = narrow(x, (self.in_proj, self.out_proj, conv), weights)
+        else:
+            (in_proj, out_proj), weights = narrow(x, (self.in_proj, self.out_proj), weights)
+        x, z = in_proj(x), None
+        if self.gate is not None:
+            x, z = x.chunk(2, -1)
+        y = self.scan_map(self._activated(x, conv), *weights)
+        y = self.norm(y.to(self.out_proj.weight.dtype))
+        return out_proj(y if self.gate is None else y * self.gate(z))
 
-    def _mix(self, x: Tensor) -> Tensor:
-        y = self.scan_map(self._activated(x))
-        return self.norm(y.to(self.out_proj.weight.dtype))
-
-    def _activated(self, x: Tensor) -> Tensor:
+    def _activated(self, x: Tensor, conv: Layer) -> Tensor:
         """The activation of the convolution; one kernel on a GPU, without gradients, which cuDNN computes faster."""
-        conv, act = self.conv, self.act
+        act = self.act
         if torch.is_grad_enabled():
             return act(conv(x))
         if not (type(act) is nn.SiLU and _is_depthwise(conv) and not watched(conv, act) and fused(x, conv.weight)):
@@ -83,7 +90,7 @@ class GatedMixer(nn.Module):
         return depthwise_silu(x, conv.weight, conv.bias)
 
 
-def _is_depthwise(conv: nn.Module) -> TypeGuard[Conv2d]:
+def _is_depthwise(conv: Layer) -> TypeGuard[Conv2d]:
     """Whether it filters each channel by itself, and the map keeps its size."""
     if type(conv) is not Conv2d or not conv.groups == conv.in_channels == conv.out_channels:
         return False

@@ -40,9 +40,12 @@ class SelectiveScans(nn.Module):
             self.A_log.copy_(torch.arange(1, self.state + 1, device=self.A_log.device).log())
             self.D.fill_(1)
 
-    def project(self, x: Tensor, group: slice = EVERY) -> Tensor:
-        """(b, h, w, d) -> (b, h, w, k, r + 2n): delta's factor, B and C of each pixel for the routes ``group``."""
-        x_proj = _of(self.x_proj, group)
+    def project(self, x: Tensor, group: slice = EVERY, x_proj: Tensor | None = None) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, k, r + 2n): delta's factor, B and C of each pixel for the routes ``group``.
+
+        ``x_proj``: theirs, (k, r + 2n, d), where the caller has cast it to the type that autocast computes in.
+        """
+        x_proj = _of(self.x_proj, group) if x_proj is None else x_proj
         return F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2])
 
     def decay(self, group: slice = EVERY) -> Tensor:
@@ -54,16 +57,17 @@ class SelectiveScans(nn.Module):
         """What is added to delta before the softplus, (k, d), of the routes ``group``."""
         return _of(self.dt_bias, group)
 
-    def scan_along(self, x: Tensor, scan: Scan, group: slice = EVERY) -> Tensor:
+    def scan_along(self, x: Tensor, scan: Scan, group: slice = EVERY, x_proj: Tensor | None = None) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64): along each route of ``scan``, summed.
 
-        ``group`` selects the parameters; it has as many routes as ``scan``.
+        ``group`` selects the parameters; it has as many routes as ``scan``. ``x_proj``: as in :meth:`project`.
         """
         h, w = x.shape[1:3]
-        projected = self.project(x, group).flatten(1, 2)
+        projected = self.project(x, group, x_proj).flatten(1, 2)
         dt_proj, D, bias = _of(self.dt_proj, group), _of(self.D, group), self.step_bias(group)
         table = scan.table(h, w, x.device)
-        y = scan2d(x.flatten(1, 2), projected, dt_proj, self.decay(group), D, bias, table)
+        A_log = _of(self.A_log, group)
+        y = scan2d(x.flatten(1, 2), projected, dt_proj, A_log, D, bias, table, log_A=True)
         return y.unflatten(1, (h, w))
 
     def scan_steps(self, x: Tensor, scan: Scan, group: slice = EVERY) -> Tensor:

@@ -39,6 +39,10 @@ class SS2D(SelectiveMixer):
         super().__init__(dim, routes=order.count, state=state, expand=expand, rank=rank, **gated)
         self.scan = order
 
-    def scan_map(self, x: Tensor) -> Tensor:
-        """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
-        return self.scan_along(x, self.scan)
+    def scan_weights(self) -> tuple[Tensor, ...]:
+        """``x_proj``."""
+        return (self.x_proj,)
+
+    def scan_map(self, x: Tensor, x_proj: Tensor | None = None) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64); ``x_proj``: (k, r + 2n, d), cast already."""
+        return self.scan_along(x, self.scan, x_proj=x_proj)
