@@ -16,8 +16,8 @@ from tests.medseg_nnunet import FLAT, REGIONS, SHORT, dataset, save, write_descr
 
 pytest.importorskip("monai")
 pytest.importorskip("lightning")
+from vmamba import safety
 from vmamba.errors import UserError
-from vmamba.medical import safety
 from vmamba.tools.cli import main
 
 QUIET = "--no-progress"

@@ -16,8 +16,8 @@ from tests.test_medseg_faults import call, refused, snapshot
 
 pytest.importorskip("monai")
 pytest.importorskip("lightning")
+from vmamba import safety
 from vmamba.medical import predict as prediction
-from vmamba.medical import safety
 
 QUICK = ["--accelerator", "cpu", "--no-progress", "--batch-size", 4, "--epochs", 1]
 QUICK += [word for key, value in TINY.items() for word in ("--set", f"{key}={str(value).strip('[]')}")]

@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import Callback
 from vmamba.medical.evaluate import CONVENTIONS
 from vmamba.medical.predict import Predictor
 from vmamba.medical.runs import load_checkpoint, resumed
-from vmamba.medical.safety import LOCK
 from vmamba.medical.spec import Settings
 from vmamba.medical.train import Hardware, Interrupted, train
+from vmamba.safety import LOCK
 
 CPU = Hardware(accelerator="cpu", devices="1", progress=False)
 QUICK = ["--accelerator", "cpu", "--no-progress", "--batch-size", 4]

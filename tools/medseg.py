@@ -37,7 +37,7 @@ def command(commands: Any, name: str, text: str, epilog: str, run: Any) -> argpa
         missing = [package for package in NEEDED if find_spec(package) is None]
         if missing:
             raise UserError(f"medseg needs {', '.join(missing)}; pip install 'vmamba[medical]'")
-        from vmamba.medical.safety import refusals
+        from vmamba.safety import refusals
 
         try:
             with refusals(Path(getattr(args, "output", None) or ".")):

@@ -50,8 +50,8 @@ def add_commands(commands: Any) -> None:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """vmamba medseg benchmark"""
+    from vmamba.device import choose_device
     from vmamba.medical.benchmark import setups
-    from vmamba.medical.predict import choose_device
     from vmamba.medical.window import AUTO, CAST, Window
 
     device = choose_device(args.device)

@@ -39,7 +39,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from vmamba.medical.compare import Comparison, Entry, compare, table
     from vmamba.medical.jobs import open_job
     from vmamba.medical.raw import Places
-    from vmamba.medical.safety import only_writer
+    from vmamba.safety import only_writer
 
     if args.root is None:
         raise UserError("compare: expected --root FOLDER")

@@ -83,10 +83,10 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def _model_folder(args: argparse.Namespace, folder: Path) -> int:
+    from vmamba.device import choose_device
     from vmamba.medical.fold_predict import Wish, load_folds, predict_folder
     from vmamba.medical.model_folder import open_model
     from vmamba.medical.overlays import draw_folder
-    from vmamba.medical.predict import choose_device
     from vmamba.medical.window import Window
 
     if not 0 < args.step_size <= 1:

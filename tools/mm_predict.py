@@ -64,11 +64,11 @@ def run_task(args: argparse.Namespace, scope: str, task: Callable[[Any], Any], s
     except OSError as error:  # a base of the configuration is missing
         raise UserError(f"{args.config}: {error}") from error
     _require(args.command, scope)
-    from vmamba.medical.safety import only_writer
     from vmamba.mm.journal import Journal
     from vmamba.mm.network import Network
     from vmamba.mm.pictures import find_pictures
     from vmamba.mm.predict import predict, write_summary
+    from vmamba.safety import only_writer
 
     without = [args.output / name for name in OUTPUTS]
     pictures = find_pictures(args.images, recursive=args.recursive, without=without)

@@ -11,7 +11,7 @@ from vmamba.medical.model_folder import ModelFolder, write_plain
 from vmamba.medical.postprocess import FILE, decide
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.runs import write_json
-from vmamba.medical.safety import only_writer, replacing
+from vmamba.safety import only_writer, replacing
 
 
 def gather(model: ModelFolder, dataset: RawDataset, folds: Sequence[str], *, progress: bool = True) -> dict[str, Any]:

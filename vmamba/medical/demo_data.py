@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vmamba.errors import UserError
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.mri import CLASSES, load_mri
-from vmamba.medical.safety import only_writer
+from vmamba.safety import only_writer
 
 NAME = "Dataset900_MNI152"
 SMOOTH, FARTHEST = 16.0, 6.0  # mm

@@ -16,7 +16,7 @@ from vmamba.medical.labelset import LabelSet, classes
 from vmamba.medical.layouts import find_layout
 from vmamba.medical.readers import check_pair, read_label
 from vmamba.medical.runs import write_json
-from vmamba.medical.safety import replacing
+from vmamba.safety import replacing
 
 CONVENTIONS = {
     "Dice": "2 TP / (2 TP + FP + FN), per case and class",

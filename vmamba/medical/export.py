@@ -11,8 +11,8 @@ from vmamba.medical.labelset import LabelSet
 from vmamba.medical.plan import Configuration
 from vmamba.medical.preprocess import Crop
 from vmamba.medical.resample import coarse_axis, resample_maps
-from vmamba.medical.safety import replacing
 from vmamba.medical.volume import original_axes, write_label
+from vmamba.safety import replacing
 
 
 def file_probabilities(logits: Tensor, crop: Crop, labels: LabelSet, plans: dict[str, Any], c: Configuration) -> Tensor:

@@ -19,7 +19,7 @@ from vmamba.medical.model_folder import ModelFolder, open_model, write_plain
 from vmamba.medical.postprocess import FILE, decide
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.runs import read_json, write_json
-from vmamba.medical.safety import only_writer, replacing
+from vmamba.safety import only_writer, replacing
 
 INFORMATION, INSTRUCTIONS = "inference_information.json", "inference_instructions.txt"
 

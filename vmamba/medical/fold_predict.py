@@ -14,9 +14,9 @@ from vmamba.medical.export import file_probabilities, save_case
 from vmamba.medical.model_folder import ModelFolder, Trained, load_model, write_plain
 from vmamba.medical.preprocess import Crop, preprocess_case
 from vmamba.medical.raw import channel_files
-from vmamba.medical.safety import only_writer
 from vmamba.medical.volume import read_volume
 from vmamba.medical.window import Window, volume_logits
+from vmamba.safety import only_writer
 
 
 @dataclass

@@ -28,10 +28,10 @@ from vmamba.medical.pretrained import describe
 from vmamba.medical.quiet import quiet
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.runs import write_json
-from vmamba.medical.safety import only_writer
 from vmamba.medical.train import Hardware, build_trainer, fit
 from vmamba.medical.watch import Watch
 from vmamba.medical.window import Window, volume_logits
+from vmamba.safety import only_writer
 
 SHOWN = 10  # steps from one drawing of the bar to the next beside a GPU, which has to wait for it
 FILES = ("checkpoint_best.pth", "checkpoint_final.pth", "checkpoint_latest.ckpt", "metrics.csv", "progress.png")

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.model_selection import KFold
 
 from vmamba.errors import UserError
-from vmamba.medical.safety import replacing
+from vmamba.safety import replacing
 
 SEED = 12345
 FOLDS = 5

@@ -10,7 +10,7 @@ from vmamba.medical.fingerprint import fingerprint
 from vmamba.medical.model_folder import folder_name, write_plain
 from vmamba.medical.plan import Configuration, configuration, make_plans
 from vmamba.medical.raw import Places, RawDataset, dataset_name, find_dataset, read_dataset_json
-from vmamba.medical.safety import only_writer
+from vmamba.safety import only_writer
 
 PLANS = "nnUNetPlans"
 FINGERPRINT = "dataset_fingerprint.json"

@@ -18,7 +18,7 @@ from vmamba.medical.labelset import LabelSet, label_set
 from vmamba.medical.networks import OLDER, build, raise_patch
 from vmamba.medical.plan import Configuration, configuration
 from vmamba.medical.raw import read_dataset_json
-from vmamba.medical.safety import replacing
+from vmamba.safety import replacing
 
 NUMBERS: list[Any] = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(t)) for t in "fdlqiB?")]  # pyright: ignore
 

@@ -7,7 +7,7 @@ from vmamba.errors import UserError
 from vmamba.medical.cases import IMAGES, LABELS, is_volume, list_images
 from vmamba.medical.plots import save_overlay
 from vmamba.medical.readers import read_image, read_label
-from vmamba.medical.safety import only_writer, replacing
+from vmamba.safety import only_writer, replacing
 
 AXIS = 2
 

@@ -15,7 +15,7 @@ from vmamba.medical.labelset import LabelSet, classes, label_set
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.readers import read_label, write_mask
-from vmamba.medical.safety import only_writer
+from vmamba.safety import only_writer
 
 AXIS = 2
 FILE = "postprocessing.json"

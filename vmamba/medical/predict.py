@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vmamba.device import choose_device
 from vmamba.errors import UserError
 from vmamba.medical.cases import Case, ending, input_cases, is_array, is_volume
 from vmamba.medical.inference import infer
@@ -18,8 +19,8 @@ from vmamba.medical.plots import save_overlay
 from vmamba.medical.readers import read_image, restore, write_mask
 from vmamba.medical.resize import RESIZERS, nearest
 from vmamba.medical.runs import load_checkpoint
-from vmamba.medical.safety import only_writer, replacing
 from vmamba.medical.transforms import normalise
+from vmamba.safety import only_writer, replacing
 
 
 @dataclass
@@ -111,17 +112,6 @@ def _one(predictor: Predictor, case: Case, target: Path, to: Output) -> None:
         with replacing(overlay) as partial:
             save_overlay(partial, image, {"prediction": classes}, spec.classes, upright=is_volume(case.images[0]))
     write_mask(target, np.asarray(spec.values)[classes], case.images[0], spec.axis)
-
-
-def choose_device(name: str) -> torch.device:
-    """A torch device by name; auto is the GPU if there is one. UserError if it cannot be used."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"--device {name}: cannot be used here ({reason}); choose auto, cpu or cuda") from error
-    return device
 
 
 def _ending(case: Case) -> str:

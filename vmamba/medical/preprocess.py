@@ -14,8 +14,8 @@ from vmamba.medical.fingerprint import inside
 from vmamba.medical.plan import Configuration
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.resample import coarse_axis, resample, resample_labels, resampled_shape
-from vmamba.medical.safety import only_writer, replacing
 from vmamba.medical.volume import Volume, read_case
+from vmamba.safety import only_writer, replacing
 
 OUTSIDE = -1  # label of the zeros around the object, and of what lies beyond the image
 LOCATIONS = 10_000  # voxels remembered per label, from which training picks the centre of a patch

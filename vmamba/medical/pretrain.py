@@ -31,10 +31,10 @@ from vmamba.medical.quiet import quiet
 from vmamba.medical.raw import Places
 from vmamba.medical.readers import read_image
 from vmamba.medical.runs import check_run, write_json
-from vmamba.medical.safety import LOCK, only_writer, replacing
 from vmamba.medical.train import Hardware, build_trainer, fit
 from vmamba.medical.watch import Watch
 from vmamba.registry import entries
+from vmamba.safety import LOCK, only_writer, replacing
 from vmamba.segmentor import Segmentor
 
 FORMAT = "vmamba-encoder-1"

@@ -28,9 +28,9 @@ from vmamba.medical.preprocess import Stored, preprocess_case
 from vmamba.medical.pretrain_settings import NORMALISATIONS, PretrainSettings
 from vmamba.medical.raw import channel_files
 from vmamba.medical.readers import read_image
-from vmamba.medical.safety import only_writer, replacing
 from vmamba.medical.transforms import normalise
 from vmamba.medical.volume import Volume, read_volume
+from vmamba.safety import only_writer, replacing
 
 FLIPS = (0.2, 0.2, 0.1)  # MambaMIM's chances of mirroring each axis
 _CHANNEL = re.compile(r"_\d{4}$")

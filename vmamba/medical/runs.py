@@ -9,8 +9,8 @@ import torch
 
 from vmamba.errors import UserError
 from vmamba.medical.recipes import recipe
-from vmamba.medical.safety import LOCK, replacing
 from vmamba.medical.spec import FORMAT, Settings, Spec
+from vmamba.safety import LOCK, replacing
 
 FILES = ("config.json", "metrics.csv", "curves.png", "best.ckpt", "last.ckpt", "summary.json")
 

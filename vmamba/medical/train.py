@@ -25,9 +25,9 @@ from vmamba.medical.pretrained import describe
 from vmamba.medical.quiet import quiet
 from vmamba.medical.recipes import BEST, RECIPES
 from vmamba.medical.runs import check_run, clear_run, write_json
-from vmamba.medical.safety import only_writer
 from vmamba.medical.spec import Settings
 from vmamba.medical.watch import Watch
+from vmamba.safety import only_writer
 
 COLUMNS = {"train_loss": "train_loss_epoch"}  # what Lightning calls it
 LOADERS = 12  # processes that load and augment beside a GPU, as nnU-Net has it

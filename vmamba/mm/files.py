@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from vmamba.medical.safety import replacing
+from vmamba.safety import replacing
 
 
 def write_png(path: Path, picture: Image.Image) -> None:

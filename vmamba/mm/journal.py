@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import UserError
-from vmamba.medical.safety import replacing
+from vmamba.safety import replacing
 
 NAME = "journal.jsonl"
 FORMAT = 1

@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
 from vmamba.checkpoint import COUNTERS, ENVELOPES, WRAPPERS
+from vmamba.device import choose_device
 from vmamba.errors import UserError
 from vmamba.mm import operators
 from vmamba.mm.palette import Classes
@@ -88,21 +89,6 @@ class Network:
         batch = {"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]}
         (result,) = self.model.test_step(batch)  # type: ignore[operator]
         return image, result
-
-
-def choose_device(name: str) -> torch.device:
-    """A device by its name; "auto" is the GPU if there is one.
-
-    Raises:
-        UserError: it cannot be used here.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = one_line(error).split(". ")[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); choose auto, cpu or cuda") from error
-    return device
 
 
 def build(cfg: Any, kind: Kind) -> nn.Module:
