@@ -174,6 +174,7 @@ def test_doctor_finds_what_is_installed(config, capsys):
         (AssertionError("MMCV==2.2.0 is used but incompatible. Please install mmcv>=2.0.0rc4, <2.2.0."), "do not fit"),
         (ModuleNotFoundError("No module named 'pkg_resources'"), r"setuptools<81"),
         (AttributeError("_ARRAY_API not found"), "another NumPy"),
+        (ModuleNotFoundError("No module named 'mmengine'"), r"OpenMMLab is not installed; pip install 'vmamba.mm"),
         (ModuleNotFoundError("No module named 'ftfy'"), "a package that it uses is not installed.*ftfy"),
         (RuntimeError("what?"), r"it cannot be imported \(it says: what\?\)"),
     ],

@@ -30,6 +30,7 @@ WORDS = {  # what an import error says -> what it means, and what would do
     r"\w+==\S+ is used but incompatible": "the versions do not fit each other; install the one that it asks for",
     r"pkg_resources": "setuptools has lost pkg_resources, which it uses; pip install 'setuptools<81'",
     r"_ARRAY_API|numpy\.(core|dtype)|NumPy 1\.x": "a part of it was built for another NumPy; install that part again",
+    r"No module named 'mm(engine|cv|det|seg)'": f"OpenMMLab is not installed; pip install 'vmamba[mm]', or {BUILD}",
     r"No module named": "a package that it uses is not installed; install it",
 }
 REGISTRY = (
