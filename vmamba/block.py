@@ -7,12 +7,16 @@ from typing import Any, cast
 import torch
 from timm import layers
 from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba.kernels.backends import eager
 from vmamba.narrow import PLAIN, free, narrow, watched
 from vmamba.norm import LayerNorm
 from vmamba.residual import add_then_norm
+
+FEW = 3  # pixels: so many times fewer of a convolution's result than channels
 
 
 class Block(nn.Module):
@@ -100,12 +104,29 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+@register_notrace_module
 class Conv2d(nn.Conv2d):
     """A convolution over channels-last maps, (b, h, w, c) -> (b, h', w', c')."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h', w', c')"""
+        if eager(x, self.weight) and x.is_cpu and self._outweighs(x):
+            return self._product(x)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _outweighs(self, x: Tensor) -> bool:
+        """Whether PyTorch takes longer to lay the weights out as the map is than to filter its few pixels."""
+        if self.groups > 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or not len(x):
+            return False
+        pixels = len(x) * (x.shape[1] // self.stride[0]) * (x.shape[2] // self.stride[1])
+        return self.out_channels >= FEW * pixels and max(self.kernel_size) > 1 and self.weight.is_contiguous()
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The same as a product of the map's patches with the weights as they lie in memory."""
+        k, dilation, padding, stride = self.kernel_size, self.dilation, cast(Any, self.padding), self.stride
+        patches = F.unfold(x.permute(0, 3, 1, 2), k, dilation, padding, stride)
+        rows = (x.shape[1] + 2 * padding[0] - dilation[0] * (k[0] - 1) - 1) // stride[0] + 1
+        return F.linear(patches.mT, self.weight.flatten(1), self.bias).unflatten(1, (rows, -1))
 
     def filtered(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with another weight and bias."""
