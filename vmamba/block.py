@@ -104,7 +104,6 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-@register_notrace_module
 class Conv2d(nn.Conv2d):
     """A convolution over channels-last maps, (b, h, w, c) -> (b, h', w', c')."""
 
@@ -133,6 +132,7 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
 
 
+register_notrace_module(Conv2d)  # FX keeps it whole; as a decorator it would hide the class from type checkers
 PLAIN[Conv2d] = lambda conv, **cast: partial(conv.filtered, **cast)
 
 
