@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor
 
-from vmamba.kernels import layer_norm_cuda, nvrtc
-from vmamba.kernels.backends import other_types
+from vmamba.kernels import layer_norm_cuda
 
-
-def why_not(*tensors: Tensor) -> str | None:
-    """None where these tensors (x, weight, bias, perhaps branch) can be normalised; the device is not asked here."""
-    channels, widest = tensors[0].shape[-1], layer_norm_cuda.WIDEST
-    wider = f"it takes up to {widest} channels, got {channels}" if channels > widest else None
-    return other_types(tensors, tuple(layer_norm_cuda.TYPES)) or wider or nvrtc.why_not()
+why_not = layer_norm_cuda.why_not  # tensors: x, weight, bias, perhaps branch
 
 
 def forward(

@@ -40,12 +40,7 @@ SMALL = {
 QUICK = ["--accelerator", "cpu", "--no-progress", "--size", 32, 32, "--batch-size", 2, "--epochs", 2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def snapshot(folder):

@@ -22,13 +22,7 @@ from vmamba.medical.networks import TRAINERS, build, network_name
 QUIET = "--no-progress"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small networks only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -55,13 +55,7 @@ HIDE = ["--width", 8, "--epochs", 2, "--iterations", 3, "--batch-size", 2, "--lr
 QUIET = "--no-progress"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small networks only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*words):

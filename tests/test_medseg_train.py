@@ -29,13 +29,7 @@ QUICK = ["--accelerator", "cpu", "--no-progress", "--batch-size", 4]
 QUICK += [word for key, value in TINY.items() for word in ("--set", f"{key}={str(value).strip('[]')}")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small networks only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

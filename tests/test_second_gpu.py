@@ -1,5 +1,7 @@
 """Kernels go to the GPU of their tensors, whichever is current: networks on the second of two, and on both at once."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -50,10 +52,7 @@ def test_on_the_second_gpu_while_the_first_is_current(name, dtype, backend):
     torch.cuda.set_device(0)
     results = []
     for device in ("cuda:0", "cuda:1"):
-        if backend:
-            with use_backend(backend):
-                results.append(trained(network(name), device, dtype))
-        else:
+        with use_backend(backend) if backend else nullcontext():
             results.append(trained(network(name), device, dtype))
         assert torch.cuda.current_device() == 0
     for one, two in zip(*results, strict=True):

@@ -2,6 +2,7 @@
 
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,31 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_only
 
 from vmamba.medical.module import Segmenter
+from vmamba.safety import replacing
+
+
+def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """What an epoch of segmentation tells: Dice, the module's ``history``, loss of the validation, learning rate."""
+    metrics = trainer.callback_metrics
+    return {
+        "val_dice": float(metrics["val_dice"]),
+        **cast(dict[str, float], module.history),
+        **({"val_loss": float(metrics["val_loss"])} if "val_loss" in metrics else {}),
+        "lr": trainer.optimizers[0].param_groups[0]["lr"],
+    }
 
 
 class MetricsFile(Callback):
-    """One row an epoch in metrics.csv, the module's ``history`` among it; a resumed run drops the rows it repeats."""
+    """One row an epoch in metrics.csv: epoch, step, loss, ``figures``, seconds; a resumed run drops what it repeats.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.start = path, 0.0
+    Args:
+        path: of the file. figures: further columns, of the trainer and its module.
+    """
+
+    def __init__(
+        self, path: Path, figures: Callable[[pl.Trainer, pl.LightningModule], dict[str, Any]] = scores
+    ) -> None:
+        self.path, self.figures, self.start = path, figures, 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the epoch's clock."""
@@ -26,26 +45,19 @@ class MetricsFile(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Appends the epoch's figures."""
-        metrics = trainer.callback_metrics
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
-            "train_loss": float(metrics["train_loss_epoch"]),
-            "val_dice": float(metrics["val_dice"]),
-            **cast(dict[str, float], pl_module.history),
-            **({"val_loss": float(metrics["val_loss"])} if "val_loss" in metrics else {}),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train_loss": float(trainer.callback_metrics["train_loss_epoch"]),
+            **self.figures(trainer, pl_module),
             "seconds": round(time.perf_counter() - self.start, 2),
         }
-        rows = (
-            [r for r in read_metrics(self.path) if int(r["epoch"]) <= trainer.current_epoch]
-            if self.path.exists()
-            else []
-        )
-        with self.path.open("w", newline="") as file:
+        before = read_metrics(self.path) if self.path.exists() else []
+        kept = [r for r in before if int(r["epoch"]) < row["epoch"]]
+        with replacing(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
-            writer.writerows([*rows, row])
+            writer.writerows([*kept, row])
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """Pre-training without labels: from settings to a run folder with the encoder's weights in it."""
 
-import csv
 import math
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import vmamba
 from vmamba.errors import UserError
 from vmamba.heads.mambamim import MambaMIM
-from vmamba.medical.callbacks import Bar, Keep, read_metrics
+from vmamba.medical.callbacks import Bar, Keep, MetricsFile, read_metrics
 from vmamba.medical.cases import is_deep
 from vmamba.medical.fold_train import SHOWN
 from vmamba.medical.jobs import open_job
@@ -80,7 +79,7 @@ def pretrain(
         draws = Draws(found.batch, settings.iterations, settings.seed)
         slices = settings.dataset is None and len(found.patch) == 2
         patches = ImagePatches(found.images, found.patch, draws, floor=slices)
-        watch, rows = Watch(settings.lr, settings.precision), MetricsRow(run / "metrics.csv")
+        watch, rows = Watch(settings.lr, settings.precision), MetricsFile(run / "metrics.csv", rates)
         callbacks = [watch, rows, Results(run, patches, found.turn), Keep(run, "last", None)]
         bar = [Bar(SHOWN if hardware.on_gpu else 1)] if hardware.progress else []
         trainer = build_trainer(
@@ -198,34 +197,10 @@ def finish(run: Path, trainer: pl.Trainer, found: Found, start: float) -> dict[s
     return summary
 
 
-class MetricsRow(Callback):
-    """One row an epoch in metrics.csv; a resumed run drops the rows that it repeats."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.start = path, 0.0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the epoch's clock."""
-        self.start = time.perf_counter()
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Appends the epoch's figures."""
-        group = trainer.optimizers[0].param_groups[0]
-        row: dict[str, Any] = {
-            "epoch": trainer.current_epoch + 1,
-            "step": trainer.global_step,
-            "train_loss": float(trainer.callback_metrics["train_loss_epoch"]),
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-            "seconds": round(time.perf_counter() - self.start, 2),
-        }
-        before = read_metrics(self.path) if self.path.exists() else []
-        kept = [r for r in before if int(r["epoch"]) < row["epoch"]]
-        with replacing(self.path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows([*kept, row])
+def rates(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """Learning rate and weight decay, which change with the epochs."""
+    group = trainer.optimizers[0].param_groups[0]
+    return {name: group[name] for name in ("lr", "weight_decay")}
 
 
 class Results(Callback):

@@ -1,4 +1,6 @@
-"""Cityscapes in data/cityscapes: crops of 1024, 1 image on each of 8 GPUs."""
+"""Cityscapes in data/cityscapes: crops of 1024, 1 image on each of 8 GPUs; otherwise as ``ade20k.py``."""
+
+_base_ = "ade20k.py"
 
 load = dict(type="LoadImageFromFile")
 train_pipeline = [
@@ -31,9 +33,6 @@ tta_pipeline = [
 dataset = dict(type="CityscapesDataset", data_root="data/cityscapes")
 train_dataloader = dict(
     batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         **dataset,
         data_prefix=dict(img_path="leftImg8bit/train", seg_map_path="gtFine/train"),
@@ -41,10 +40,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         **dataset,
         data_prefix=dict(img_path="leftImg8bit/val", seg_map_path="gtFine/val"),
@@ -52,6 +47,3 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-test_evaluator = val_evaluator
-tta_model = dict(type="SegTTAModel")
