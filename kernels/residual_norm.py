@@ -56,10 +56,11 @@ def computed(arguments: tuple, backend: str, *, direct: bool) -> tuple[Tensor, T
         y, stream = _Traced.apply(*flat, *arguments[2:], backend)
         return y.view(x.shape), x if branch is None else stream.view(x.shape)
     tensors = (x, weight, bias) if branch is None else (x, weight, bias, branch)
+    module = choose("residual_norm", backend, *tensors)
     if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        y, stream = _Direct.apply(*arguments, backend)
+        y, stream = _Direct.apply(*arguments, module)
         return y, x if branch is None else stream
-    return choose("residual_norm", backend, *tensors).forward(*arguments)
+    return module.forward(*arguments)
 
 
 def _module(backend: str, *tensors: Tensor | None):
@@ -131,9 +132,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        x, branch, factor, weight, bias, ctx.eps, dtype, ctx.backend = inputs
-        module = _module(ctx.backend, x, weight, bias, branch)
-        y, stream = module.forward(x, branch, factor, weight, bias, ctx.eps, dtype)
+        x, branch, factor, weight, bias, ctx.eps, dtype, ctx.module = inputs
+        y, stream = ctx.module.forward(x, branch, factor, weight, bias, ctx.eps, dtype)
         ctx.added, ctx.bias = None if branch is None else branch.dtype, bias.dtype
         ctx.save_for_backward(stream, factor, weight)
         ctx.set_materialize_grads(False)
@@ -143,8 +143,7 @@ class _Direct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None) -> tuple[Tensor | None, ...]:
         stream, factor, weight = ctx.saved_tensors
-        module = _module(ctx.backend, stream, weight)
         dy = torch.zeros_like(stream) if dy is None else dy
-        dx, dbranch, sums = module.backward(dy, dstream, stream, factor, weight, ctx.eps, ctx.added)
+        dx, dbranch, sums = ctx.module.backward(dy, dstream, stream, factor, weight, ctx.eps, ctx.added)
         dweight, dbias = sums.to(weight.dtype).unbind()
         return dx, None if ctx.added is None else dbranch, None, dweight, dbias.to(ctx.bias), None, None, None

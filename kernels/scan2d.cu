@@ -304,7 +304,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
         const u16* own = kept_pointer(projected + ki * WIDTH);
         float* down = kept_pointer(dprojected + (block * (long long)rows + bi) * p * kw + ki * WIDTH);
         const float* kept = kept_pointer(states + ((bi * k + ki) * tiles + tiles - 1) * d * N + c * N);
-        float skip = D[ki * d + c], shift = bias[ki * d + c], rate = A[(ki * d + c) * N];
+        float skip = D[ki * d + c], shift = bias[ki * d + c], rate = decay(A[(ki * d + c) * N]);
         float sum_A = 0, sum_D = 0, sum_bias = 0, sum_W[MORE_W][4] = {};
         bool add = turn > 0 || !WHOLE;
         auto w = [&](int r, int q) {
@@ -388,7 +388,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             }
 #pragma unroll 1
             for (int n = 0; n < N; n++, turns++) {
-                if (N > 1) rate = A[(ki * d + c) * N + n];
+                if (N > 1) rate = decay(A[(ki * d + c) * N + n]);
                 float h = in_c ? kept[n] : 0.f;
                 float a[STEPS], gain[STEPS], direct[STEPS], product = 1, sum = 0, later = 0, dBC[2 * STEPS];
 #pragma unroll
@@ -518,9 +518,11 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
     }
 }
 
-// to[i] = the sum of from's slices: `slices` of `groups` parts each; a part holds `part` numbers of every slice.
-template <typename V> __device__ __forceinline__ void total(const float* from, V* to, long long count, int slices,
-                                                            int groups, long long part) {
+// to[i] = the sum of from's slices: `slices` of `groups` parts each; a part holds `part` numbers of every slice. Where
+// `logs` is given, log(-A), the sum is a gradient of A and to[i] that of log(-A).
+template <typename V>
+__device__ __forceinline__ void total(const float* from, V* to, long long count, int slices, int groups, long long part,
+                                      const float* logs = nullptr) {
     constexpr int EACH = 4;
     long long stride = gridDim.x * 256ll * EACH;
     for (long long first = blockIdx.x * 256ll * EACH + threadIdx.x; first < count; first += stride) {
@@ -539,21 +541,22 @@ template <typename V> __device__ __forceinline__ void total(const float* from, V
         }
 #pragma unroll
         for (int j = 0; j < EACH; j++)
-            if (first + j * 256 < count) to[first + j * 256] = stored<V>(sum[j]);
+            if (first + j * 256 < count)
+                to[first + j * 256] = stored<V>(logs ? sum[j] * decay(logs[first + j * 256]) : sum[j]);
     }
 }
 
 // The gradients from what `backward` leaves, one by each row of blocks; `shares` of the routes, `rows` = b.
 extern "C" __global__ void __launch_bounds__(256)
 totals(const float* dx_parts, const float* dprojected_parts, const float* ddt_proj_parts, const float* dA_parts,
-       const float* dD_parts, const float* dbias_parts, u16* dx, u16* dprojected, float* ddt_proj, float* dA, float* dD,
+       const float* dD_parts, const float* dbias_parts, const float* A, u16* dx, u16* dprojected, float* ddt_proj, float* dA, float* dD,
        float* dbias, int p, int k, int d, int shares, int rows) {
     long long channels = (long long)k * d;
     switch (blockIdx.y) {
         case 0: return total(dx_parts, dx, (long long)rows * p * d, shares, 1, 1);
         case 1: return total(dprojected_parts, dprojected, (long long)rows * p * k * WIDTH, (d + 31) / 32, 1, 1);
         case 2: return total(ddt_proj_parts, ddt_proj, channels * R, rows, GROUPS_W, (long long)d * R);
-        case 3: return total(dA_parts, dA, channels * N, rows, 1, 1);
+        case 3: return total(dA_parts, dA, channels * N, rows, 1, 1, LOG_A ? A : nullptr);
         case 4: return total(dD_parts, dD, channels, rows, 1, 1);
         default: return total(dbias_parts, dbias, channels, rows, 1, 1);
     }

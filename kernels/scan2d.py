@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vmamba.kernels import scan2d_cuda
-from vmamba.kernels.backends import choose, eager, inlines, plain
+from vmamba.kernels.backends import choose, eager, inlines
 from vmamba.kernels.operator import operator
 from vmamba.kernels.routes import Table, gather, merge
 from vmamba.kernels.selective_scan import route_scan
@@ -41,7 +41,7 @@ def scan2d(
         dt_proj: (k, d, r), delta = softplus(dt_proj factor + bias).
         A: (k, d, n), real. D, bias: (k, d).
         table: the routes over p pixels (``Scan.table``).
-        log_A: A is given as log(-A), as networks learn it; without gradients the CUDA C++ kernel then makes A itself.
+        log_A: A is given as log(-A), as networks learn it; the CUDA C++ kernels then make A themselves.
         backend: ``cuda``, ``triton``, ``cpu``, ``reference`` or None for the best that takes these tensors.
 
     Returns:
@@ -57,17 +57,17 @@ def scan2d(
         from vmamba.kernels import scan2d_triton
 
         return scan2d_triton.inline(*tensors, table.routes, log_A)
-    if log_A:
-        if fused and plain(*tensors) and choose("scan2d", backend or "", *tensors) is scan2d_cuda:
-            return scan2d_cuda.forward(*tensors, *table[:2], log_A=True)[0]
-        A = -torch.exp(A.to(torch.promote_types(A.dtype, torch.float32)))
+    module = choose("scan2d", backend or "", *tensors) if fused and eager(*tensors) else None
+    if log_A and module is not scan2d_cuda:
+        A, log_A = -torch.exp(A.to(torch.promote_types(A.dtype, torch.float32))), False
         tensors = (x, projected, dt_proj, A, D, bias)
     if not fused:
         return _composed(*tensors, table, backend)
-    if plain(*tensors):
-        return choose("scan2d", backend or "", *tensors).forward(*tensors, *table[:2])[0]
-    if eager(*tensors):
-        return _Direct.apply(*tensors, *table[:2], backend or "")
+    if module is not None:
+        options = {"log_A": True} if log_A else {}
+        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+            return _Direct.apply(*tensors, *table[:2], module, options)
+        return module.forward(*tensors, *table[:2], **options)[0]
     flat = projected.flatten(2)  # of four axes a compiler would move one
     return torch.ops.vmamba.scan2d(x, flat, *tensors[2:], table.routes, table.inverse, backend or "")[0]
 
@@ -154,17 +154,17 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, routes, inverse, ctx.backend = inputs
-        y, states = choose("scan2d", ctx.backend, *tensors).forward(*tensors, routes, inverse)
-        ctx.save_for_backward(states, *inputs[:-1])
+        *tensors, ctx.module, ctx.options = inputs
+        y, states = ctx.module.forward(*tensors, **ctx.options)
+        ctx.save_for_backward(states, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         states, *tensors, routes, inverse = ctx.saved_tensors
-        grads = choose("scan2d", ctx.backend, *tensors).backward(dy.contiguous(), states, routes, inverse, *tensors)
-        return *grads, None, None, None
+        grads = ctx.module.backward(dy.contiguous(), states, routes, inverse, *tensors, **ctx.options)
+        return *grads, None, None, None, None
 
 
 def _check(x, projected, dt_proj, A, D, bias, table) -> None:

@@ -69,13 +69,14 @@ def backward(
     A: Tensor,
     D: Tensor,
     bias: Tensor,
+    log_A: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, projected, dt_proj, A, D, bias, each in its tensor's dtype."""
+    """Gradients of x, projected, dt_proj, A (log(-A) where that was given), D, bias, each in its tensor's dtype."""
     tensors = x, projected, dt_proj, A, D, bias
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
     maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
     groups, blocks = _grid(x, k, length)
-    new, setting = states.new_empty, (x.dtype, n, rank, length == p, x.device.index)
+    new, setting = states.new_empty, (x.dtype, n, rank, length == p, x.device.index, log_A)
     dx = _new(states, length == p)(groups, b, p, d)
     dprojected = _new(states, length == p)(blocks // b, b, *projected.shape[1:])
     ddt_proj = new(b, k, max(1, 8 // (2 * _ranks(rank))), d, rank)
@@ -86,7 +87,7 @@ def backward(
     )  # fmt: skip
     grads = [new(t.shape, dtype=kind) for t, kind in zip(tensors, (x.dtype,) * 2 + (torch.float32,) * 4, strict=True)]
     size = min(TOTALS, -(-max(grads[0].numel(), grads[1].numel()) // EACH)), len(grads)
-    _kernel("totals", *setting)(size, THREADS, *parts, *grads, p, k, d, groups, b)
+    _kernel("totals", *setting)(size, THREADS, *parts, weights[1], *grads, p, k, d, groups, b)
     return tuple(g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 

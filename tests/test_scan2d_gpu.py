@@ -9,6 +9,7 @@ import torch
 
 import vmamba
 from vmamba.kernels import scan2d_cuda, scan2d_reference, scan2d_triton
+from vmamba.kernels.scan2d import scan2d
 from vmamba.scans import Scan
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +69,21 @@ def test_values_and_gradients(case, backend, dtype, programs, monkeypatch):
     assert figures[0] < BOUNDS[dtype][0]
     assert max(figures[1:]) < BOUNDS[dtype][1]
     assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True)), "not deterministic"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logarithms_of_the_decay_give_the_same(case):
+    case = (*case[:2], -(-case[2] // 8) * 8, *case[3:])
+    tensors, table = inputs(case, torch.bfloat16)
+    learned = [t.detach().requires_grad_() for t in (*tensors[:3], (-tensors[3]).log(), *tensors[4:])]
+    x, projected, dt_proj, logs, *rest = learned
+    y = scan2d(*learned, table, log_A=True)
+    expected = scan2d(x, projected, dt_proj, -logs.exp(), *rest, table)
+    dy = torch.randn_like(y)
+    pairs = zip(
+        (y, *torch.autograd.grad(y, learned, dy)), (expected, *torch.autograd.grad(expected, learned, dy)), strict=True
+    )
+    assert max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["vmamba_tiny_s1l8", "vanilla_vmamba_tiny", "vmamba_tiny_m2"])

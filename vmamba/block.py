@@ -1,6 +1,6 @@
 """The parts that pyramid backbones share: residual block, stems, downsampling. Maps are channels-last, (b, h, w, c)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.kernels.backends import eager
-from vmamba.narrow import PLAIN, free, narrow, watched
+from vmamba.narrow import PLAIN, Layer, Narrowed, Parts, free, narrow_together, watched
 from vmamba.norm import LayerNorm
 from vmamba.residual import add_then_norm
 
@@ -56,14 +56,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        return self.step(x, self.norm1(x), None)[0]
+        return self.step(x, self.norm1(x), None, {})[0]
 
-    def step(self, x: Tensor, y: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """The stream x with y = norm1(x) -> the stream after this block, and ``norm`` of it (itself for None)."""
-        branch = self.scale1(self.mixer(y))
+    def step(
+        self, x: Tensor, y: Tensor, norm: nn.Module | None, calls: Mapping[nn.Module, Layer]
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x with y = norm1(x) -> the stream after this block, and ``norm`` of it (itself for None).
+
+        ``calls`` says how mixer and MLP are called, where that is not as modules (:func:`narrow_together`).
+        """
+        branch = self.scale1(calls.get(self.mixer, self.mixer)(y))
         if self.norm2 is not None and self.mlp is not None:
             x, y = add_then_norm(x, branch, self.drop_path, self.norm2)
-            branch = self.scale2(self.mlp(y))
+            branch = self.scale2(calls.get(self.mlp, self.mlp)(y))
         return add_then_norm(x, branch, self.drop_path, norm)
 
 
@@ -73,18 +78,23 @@ def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     if not every or len(every) < len(blocks) or watched(blocks, *every) or not free(x):
         return blocks(x)  # a hook, a wrapper, or whoever traces, is to see each block
     norms = [block.norm1 for block in every[1:]] + [None]
+    calls = narrow_together(x, [part for block in every for part in (block.mixer, block.mlp) if part is not None])
     y = cast(Tensor, every[0].norm1(x))
     for block, norm in zip(every, norms, strict=True):
-        x, y = block.step(x, y, norm)
+        x, y = block.step(x, y, norm, calls)
     return x
 
 
-class Mlp(layers.Mlp):
+class Mlp(Narrowed, layers.Mlp):
     """timm's, whose weights are cast together under autocast."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def parts(self) -> Parts:
+        """Both linear layers."""
+        return (self.fc1, self.fc2), ()
+
+    def run(self, x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
         """(..., c) -> (..., c)"""
-        (fc1, fc2), _ = narrow(x, (self.fc1, self.fc2))
+        fc1, fc2 = layers
         idle = self.drop1.p == self.drop2.p == 0 and type(self.norm) is nn.Identity
         if idle and not watched(self.drop1, self.norm, self.drop2):
             return fc2(self.act(fc1(x)))

@@ -1,10 +1,10 @@
-"""Weights in the type that autocast computes in, all those of a mixer or of an MLP in one launch.
+"""Weights in the type that autocast computes in, all those of a mixer, an MLP or a stage in one launch.
 
 Autocast casts each weight and bias apart when its layer is called, and each gradient apart on the way back. The values
 are the same here; they are made anew in every call, so that none is ever stale.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,35 +19,78 @@ Layer = Callable[[Tensor], Tensor]
 HALF = torch.bfloat16, torch.float16
 PLAIN: dict[type, Callable[..., Layer]] = {nn.Linear: lambda layer, **cast: partial(F.linear, **cast)}
 NAMES = ["weight", "bias"]
+Parts = tuple[Sequence[nn.Module], Sequence[Tensor]]
+Cast = tuple[Sequence[Layer], Sequence[Tensor]]
 
 
-def narrow(
-    x: Tensor, layers: Sequence[nn.Module], weights: Sequence[Tensor] = ()
-) -> tuple[Sequence[Layer], Sequence[Tensor]]:
-    """``layers``, and other ``weights``, such that autocast finds nothing left to cast.
+class Narrowed(nn.Module):
+    """A module some of whose layers and weights are cast together, by itself or with those of other modules."""
 
-    Returns the arguments themselves where autocast is off, where the class of a layer is not in ``PLAIN`` or it must be
-    called (:func:`watched`), and where something else than autograd watches the tensors.
+    def parts(self) -> Parts:
+        """The layers, called as ``layer(x)``, and other weights that it uses in matrix products."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
+        """What the module computes of x with ``layers`` and ``weights``, which are its :meth:`parts`, perhaps cast."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """:meth:`run` with its own parts."""
+        cast = narrow(x, [self])
+        return self.run(x, *(cast[self] if cast else self.parts()))
+
+
+def narrow(x: Tensor, modules: Sequence[Narrowed]) -> dict[Narrowed, Cast]:
+    """The parts of ``modules`` such that autocast finds nothing left to cast, all cast in one launch on a GPU.
+
+    Left out are modules of which the class of a layer is not in ``PLAIN`` or one must be called (:func:`watched`); none
+    is there where autocast is off and where something else than autograd watches the tensors.
 
     Args:
-        x: what the first layer is called with; its device counts.
-        layers: called as ``layer(x)``.
-        weights: used by the caller in matrix products.
+        x: what the first of them is called with; its device counts.
     """
     kind = x.device.type if isinstance(x, Tensor) else ""  # where symbols are traced there is nothing to ask
     if not autocasts(kind) or (dtype := torch.get_autocast_dtype(kind)) not in HALF:
-        return layers, weights
+        return {}
+    found, wide = {}, []
+    for module in modules:
+        layers, weights = module.parts()
+        tensors = _tensors(layers, weights)
+        if tensors is not None:
+            found[module] = layers, weights
+            wide += tensors
+    if not wide or not free(x, *wide):
+        return {}
+    cast = iter(cast_together(wide, dtype))
+    return {module: _with(cast, *parts) for module, parts in found.items()}
+
+
+def _tensors(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """The weights to cast; None where there is a layer with others than are known, or a weight of another type."""
     wide = []
     for layer in layers:
         if type(layer) not in PLAIN or watched(layer) or [*layer._parameters] != NAMES:
-            return layers, weights
+            return None
         wide += [t for t in layer._parameters.values() if t is not None]
     wide += weights
-    if any([t.dtype is not torch.float32 for t in wide]) or not free(x, *wide):
-        return layers, weights
-    cast = iter(cast_together(wide, dtype))
+    return None if any([t.dtype is not torch.float32 for t in wide]) else wide
+
+
+def _with(cast: Iterator[Tensor], layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> Cast:
     own = [{name: t if t is None else next(cast) for name, t in layer._parameters.items()} for layer in layers]
-    return [PLAIN[type(layer)](layer, **pair) for layer, pair in zip(layers, own, strict=True)], [*cast]
+    run = [PLAIN[type(layer)](layer, **pair) for layer, pair in zip(layers, own, strict=True)]
+    return run, [next(cast) for _ in weights]
+
+
+def narrow_together(x: Tensor, modules: Sequence[nn.Module]) -> dict[nn.Module, Layer]:
+    """How to call those of ``modules``, in this forward pass alone, whose weights were cast together, for maps like x.
+
+    The compiler, which sees all casts, is left alone.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return {}
+    known = [m for m in modules if isinstance(m, Narrowed) and type(m).forward is Narrowed.forward and not watched(m)]
+    return {m: partial(m.run, layers=layers, weights=w) for m, (layers, w) in narrow(x, known).items()}
 
 
 def free(*tensors: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What the two-dimensional mixers share: project, convolve, activate, scan, norm, gate, project."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from vmamba.block import Conv2d
 from vmamba.kernels.depthwise_silu import depthwise_silu, fused
-from vmamba.narrow import Layer, narrow, watched
+from vmamba.narrow import Layer, Narrowed, Parts, watched
 from vmamba.norm import LayerNorm
 
 LINEAR = partial(nn.Linear, bias=False)
 
 
-class GatedMixer(nn.Module):
+class GatedMixer(Narrowed):
     """(b, h, w, c) -> (b, h, w, c) around :meth:`scan_map`, which a mixer defines.
 
     Args:
@@ -64,13 +64,16 @@ class GatedMixer(nn.Module):
         """What :meth:`scan_map` takes after x: weights of its matrix products, perhaps in a narrower type."""
         return ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def parts(self) -> Parts:
+        """The projections, the convolution where gradients are asked for, and :meth:`scan_weights`."""
+        learns = torch.is_grad_enabled() and type(self.conv) is Conv2d
+        layers = (self.in_proj, self.out_proj, self.conv) if learns else (self.in_proj, self.out_proj)
+        return layers, self.scan_weights()
+
+    def run(self, x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
-        conv, weights = self.conv, self.scan_weights()
-        if torch.is_grad_enabled() and type(conv) is Conv2d:
-            (in_proj, out_proj, conv), weights = narrow(x, (self.in_proj, self.out_proj, conv), weights)
-        else:
-            (in_proj, out_proj), weights = narrow(x, (self.in_proj, self.out_proj), weights)
+        in_proj, out_proj, *convs = layers
+        conv = convs[0] if convs else self.conv
         x, z = in_proj(x), None
         if self.gate is not None:
             x, z = x.chunk(2, -1)
