@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.test_cli import refusal
 from vmamba import benchmark, memory
 from vmamba.benchmark import Job, Plan, Work, measure
+from vmamba.clock import graphed
 from vmamba.kernels.causal_conv1d import causal_conv1d
 from vmamba.kernels.delta_rule import delta_rule
 from vmamba.kernels.selective_scan import selective_scan
@@ -357,7 +358,15 @@ def test_what_was_recorded_elsewhere():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", ["", "--cuda-graph", "--train --cuda-graph", "--precision bf16 --train", "--compile"]
+    "options",
+    [
+        "",
+        "--cuda-graph",
+        "--train --cuda-graph",
+        "--precision bf16 --train",
+        "--compile",
+        "--train --compile reduce-overhead",
+    ],
 )
 def test_models_on_a_gpu(tmp_path, options):
     path = tmp_path / "models.json"
@@ -368,6 +377,14 @@ def test_models_on_a_gpu(tmp_path, options):
     for row in json.loads(path.read_text())["rows"]:
         assert row["failure"] is None and row["ms"] > 0
         assert row["batch"] == 1024 and row["moved_bytes"] > 0 and row["peak_bytes"] > 1024 * 3 * 64 * 64 * 4
+
+
+@pytest.mark.gpu
+def test_what_graphs_keep_counts():
+    x, device = torch.ones(1 << 22, device="cuda"), torch.device("cuda")
+    before = memory.kept_by_graphs(device)
+    replay = graphed(lambda: x * 2)
+    assert memory.kept_by_graphs(device) - before >= x.nbytes and not memory.peak(replay, device)
 
 
 @pytest.mark.gpu

@@ -101,11 +101,13 @@ def _free() -> None:
 
 def _prepare(job: Job, plan: Plan) -> tuple[Row, Step | None]:
     try:
+        graphs = memory.kept_by_graphs(plan.device)
         work = job.make()
         row = {**job.facts, "failure": None, "moved_bytes": work.count(work.step)}
         _warm_up(work.step, plan)
         grown = memory.peak(work.step, plan.device)
-        row["peak_bytes"] = None if grown is None else work.held + grown
+        graphs = memory.kept_by_graphs(plan.device) - graphs
+        row["peak_bytes"] = None if grown is None else work.held + graphs + grown
         return row, graphed(work.step) if plan.graph else work.step
     except Exception as error:  # whatever goes wrong with one candidate is told in its row
         failure = _reason(error)

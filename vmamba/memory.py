@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from vmamba.clock import Step
 
-PEAK = "what a candidate holds (weights, inputs) and the most that is allocated above that in a step"
+PEAK = "what a candidate holds (weights, inputs, CUDA graphs of its compiler) and the most that a step allocates above"
 MOVED = "each PyTorch operator reads its tensors once and writes its results once; views move nothing"
 MOVED_COMPILED = "Inductor's count over the kernels that it makes"
 STATUS, SYSTEM, RESET = Path("/proc/self/status"), Path("/proc/meminfo"), Path("/proc/self/clear_refs")
@@ -54,6 +54,15 @@ def peak(step: Step, device: torch.device) -> int | None:
     before = _kibibytes(STATUS, "VmRSS")
     step()
     return 1024 * (_kibibytes(STATUS, "VmHWM") - before)
+
+
+def kept_by_graphs(device: torch.device) -> int:
+    """Bytes that CUDA graphs keep for themselves on a GPU, as those of ``torch.compile`` do; :func:`peak` sees none."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = (s for s in torch.cuda.memory_snapshot() if s["device"] == index)
+    return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 @contextmanager
