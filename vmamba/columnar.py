@@ -108,13 +108,13 @@ class TokenPool(nn.Module):
         """(b, l, c) -> (b, c)"""
         if self.pool is None:
             return TOKEN_POOLS[self.pool_type](x, self.class_tokens)
-        return self.pool(self.class_tokens.split(x)[0][:, None])
+        return self.pool(self.class_tokens.patches(x)[:, None])
 
 
 TOKEN_POOLS: dict[str, Callable[[Tensor, ClassTokens], Tensor]] = {
     "": lambda x, class_tokens: x,
     "last": lambda x, class_tokens: x[:, -1],
-    "token": lambda x, class_tokens: class_tokens.split(x)[1].mean(1),
+    "token": lambda x, class_tokens: class_tokens.tokens(x).mean(1),
 }
 
 

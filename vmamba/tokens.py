@@ -59,11 +59,19 @@ class ClassTokens:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b, m + count, c) -> (b, m, c), (b, count, c): the reverse of :meth:`insert`."""
+        return self.patches(x), self.tokens(x)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(b, m + count, c) -> (b, m, c)"""
         places = self.place(x.shape[1] - self.count, self.count)
         starts, stops = [0, *(p + 1 for p in places)], [*places, x.shape[1]]
         pieces = [x[:, start:stop] for start, stop in zip(starts, stops, strict=True)]
-        tokens = torch.cat([x[:, :0], *(x[:, p : p + 1] for p in places)], 1)
-        return torch.cat(pieces, 1) if places else x, tokens
+        return torch.cat(pieces, 1) if places else x
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(b, m + count, c) -> (b, count, c)"""
+        places = self.place(x.shape[1] - self.count, self.count)
+        return torch.cat([x[:, :0], *(x[:, p : p + 1] for p in places)], 1)
 
 
 NO_CLASS_TOKENS = ClassTokens(0)
@@ -169,7 +177,7 @@ class TokenEmbed(nn.Module):
 
     def to_map(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(b, h * w + n, c) -> (b, h, w, c): the patches alone."""
-        return self.class_tokens.split(tokens)[0].unflatten(1, grid)
+        return self.class_tokens.patches(tokens).unflatten(1, grid)
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Keep the positions for images of ``img_size`` (side, or height and width) from now on."""

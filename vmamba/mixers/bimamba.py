@@ -4,7 +4,7 @@ A sequence (b, l, c) is the map (b, 1, l, c), on which the scan ``bidirectional`
 ``raster`` forwards alone: there BiMamba is Mamba itself (arXiv:2312.00752).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from vmamba.kernels.routes import Table
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.mixers.selective import SelectiveMixer
+from vmamba.narrow import Layer
 from vmamba.precision import autocasts
 from vmamba.scans import Scan
 
@@ -73,16 +74,16 @@ class BiMamba(SelectiveMixer):
         self.conv1d = RouteConv(self.D.shape[1], conv, routes=routes.count, **dd)
         self.scan, self.average = routes, average
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
         if type(self.gate) is not nn.SiLU:
-            return super().forward(x)
-        grid = x.shape[1:-1]
-        x, z = self.in_proj(x).flatten(1, -2).chunk(2, -1)
+            return super().run(x, layers, weights)
+        (in_proj, out_proj), grid = layers, x.shape[1:-1]
+        x, z = in_proj(x).flatten(1, -2).chunk(2, -1)
         table = self.scan.grid_table(grid, x.device)
         dtype = _type_of(self.out_proj, x.device)
         y = gated_merge(self.scan_routes(x, table), z, table, divisor=self.divisor, dtype=dtype)
-        return self.out_proj(y).unflatten(1, grid)
+        return out_proj(y).unflatten(1, grid)
 
     def scan_map(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
