@@ -17,6 +17,7 @@ from vmamba.checkpoint import LoadReport
 from vmamba.decoder import Fusion, PatchExpand, falling_rates
 from vmamba.mixers.ss2d import SS2D
 from vmamba.models.vmamba import BLOCK_KEYS, VANILLA, VMamba
+from vmamba.norm_act import Chain
 from vmamba.pyramid import Pyramid
 from vmamba.registry import register
 from vmamba.segmentor import Segmentor, load_encoder, pyramid, pyramid_maps
@@ -58,9 +59,7 @@ class SwinUMamba(Segmentor):
         maps, strides = cast(Any, self.encoder).channels, [1, 2, *cast(Any, self.encoder).strides]
         channels = [maps[0] // 2, *maps]
         self.stride = strides[-1]
-        self.stem = nn.Sequential(
-            nn.Conv2d(self.in_chans, channels[0], 7, 2, 3, **dd), instance_norm(2, channels[0], **dd)
-        )
+        self.stem = Chain(nn.Conv2d(self.in_chans, channels[0], 7, 2, 3, **dd), instance_norm(2, channels[0], **dd))
         self.skips = nn.ModuleList(UnetrBlock(2, c, out, **dd) for c, out in pairwise([self.in_chans, *channels]))
         scales = [b // a for a, b in pairwise(strides)]
         rises = zip([channels[-1], *channels[:0:-1]], channels[::-1], scales[::-1], strict=True)

@@ -14,6 +14,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vmamba.norm_act import Chain
 from vmamba.registry import register
 from vmamba.segmentor import Segmentor
 from vmamba.unet_blocks import (
@@ -36,7 +37,7 @@ def pooled(axes: int, dim: int, out_dim: int, kernel: Size, stride: Size, **dd: 
     pool = nn.Identity() if steps == {1} else LAYERS[axes].avg_pool(stride, stride)
     change = [LAYERS[axes].conv(dim, out_dim, 1, bias=False, **dd), norm(out_dim, **dd)] if dim != out_dim else []
     return ConvResidual(
-        axes, dim, out_dim, kernel=kernel, stride=stride, norm=norm, shortcut=nn.Sequential(pool, *change), **dd
+        axes, dim, out_dim, kernel=kernel, stride=stride, norm=norm, shortcut=Chain(pool, *change), **dd
     )
 
 
@@ -65,7 +66,7 @@ def level(
 def single(axes: int, dim: int, out_dim: int, kernel: Size, stride: Size, depth: int, **dd: Any) -> nn.Sequential:
     """One convolution, norm and activation, whatever ``depth``."""
     conv = LAYERS[axes].conv(dim, out_dim, kernel, stride, same(kernel), **dd)
-    return nn.Sequential(conv, instance_norm(axes, out_dim, **dd), nn.LeakyReLU(SLOPE))
+    return Chain(conv, instance_norm(axes, out_dim, **dd), nn.LeakyReLU(SLOPE))
 
 
 def nearest(axes: int, dim: int, out_dim: int, stride: Size, **dd: Any) -> nn.Module:

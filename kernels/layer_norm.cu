@@ -9,29 +9,7 @@
 // Compile-time: IN (type of x, the stream and its gradient), ADDED (of the branch), OUT (of y), WEIGHT: float, bf16 or
 // fp16; ADD (there is a branch), FACTOR (and a factor), DEEP (the stream has a gradient); LANES, PER, PACK; T_FP32.
 
-struct bf16 {
-    unsigned short bits;
-};
-struct fp16 {
-    unsigned short bits;
-};
-
-__device__ __forceinline__ float real(bf16 v) { return __uint_as_float(unsigned(v.bits) << 16); }
-__device__ __forceinline__ float real(fp16 v) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
-    return f;
-}
-template <> __device__ __forceinline__ bf16 stored<bf16>(float v) {
-    bf16 f;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(f.bits) : "f"(v));
-    return f;
-}
-template <> __device__ __forceinline__ fp16 stored<fp16>(float v) {
-    fp16 f;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(f.bits) : "f"(v));
-    return f;
-}
+#include "half_types.cu"
 
 constexpr int THREADS = 256, TEAMS = THREADS / LANES, WARPS = (LANES + 31) / 32;
 constexpr unsigned ALL = 0xffffffffu;

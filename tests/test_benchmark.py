@@ -258,6 +258,7 @@ TINY = {
     "ssd": (2, 2, 9, 3, 4, 5),
     "causal_conv1d": (2, 6, 9, 4),
     "layer_norm": (2, 9, 16),
+    "instance_norm": (2, 3, 4, 5, 6),
     "delta_rule": (2, 3, 9, 4, 5),
 }
 
@@ -321,6 +322,7 @@ def test_operators(capsys, tmp_path):
     assert by["selective_scan"] == {"cpu", "reference", "mamba-ssm"}
     assert by["ssd"] == {"vmamba", "reference", "mamba-ssm", "fla"}
     assert by["causal_conv1d"] == {"cpu", "reference", "torch", "causal-conv1d"}
+    assert by["instance_norm"] == {"reference"}
     assert by["delta_rule"] == {"vmamba", "reference", "fla"}
     forward, both = (row for row in rows if (row["operator"], row["name"]) == ("layer_norm", "torch"))
     x, weights = 4 * 9 * 16, 4 * 2 * 16  # the batch on a CPU is 1

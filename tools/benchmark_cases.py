@@ -85,6 +85,11 @@ def _layer_norm(b, p, c, dtype, device) -> Inputs:
     return {"x": _random(dtype, device)(b, p, c), "weight": weights(c), "bias": weights(c)}
 
 
+def _instance_norm(b, c, d, h, w, dtype, device) -> Inputs:
+    maps, weights = _random(dtype, device), _random(torch.float32, device)
+    return {"x": maps(b, c, d, h, w), "residual": maps(b, c, d, h, w), "weight": weights(c), "bias": weights(c)}
+
+
 STAGES = {f"VMamba-T stage {i + 1}": (128, 56 >> i, 56 >> i, 96 << i) for i in range(4)}
 STAGES["VMamba-T stage 1 at 1024"] = (4, 256, 256, 96)
 SEQUENCES = {
@@ -101,6 +106,13 @@ DUALITY = {
     "VMamba-T m2 stage 3": (128, 4, 196, 24, 16, 64),
     "Mamba-2 130M": (8, 1, 2048, 24, 64, 128),
 }
+VOLUMES = {
+    "U-Mamba 3D stage 1": (2, 32, 40, 224, 192),
+    "U-Mamba 3D stage 2": (2, 64, 40, 112, 96),
+    "U-Mamba 3D stage 3": (2, 128, 20, 56, 48),
+    "U-Mamba 3D stage 4": (2, 256, 10, 28, 24),
+    "U-Mamba 3D stage 6": (2, 320, 5, 7, 6),
+}
 DELTA = {"16 heads of 128": (4, 16, 2048, 128, 128), "8 heads of 64": (8, 8, 1024, 64, 64)}
 
 OPERATORS = {
@@ -110,5 +122,6 @@ OPERATORS = {
     "ssd": Operator("b, k, l, m, p, n", _ssd, DUALITY),
     "causal_conv1d": Operator("b, d, l, w", _causal_conv1d, FILTERS),
     "layer_norm": Operator("b, p, c", _layer_norm, {s: (b, h * w, c) for s, (b, h, w, c) in STAGES.items()}),
+    "instance_norm": Operator("b, c, d, h, w", _instance_norm, VOLUMES),
     "delta_rule": Operator("b, m, l, n, p", _delta_rule, DELTA),
 }

@@ -17,6 +17,7 @@ from vmamba.kernels.backends import available, choose
 from vmamba.kernels.causal_conv1d import causal_conv1d
 from vmamba.kernels.delta_rule import delta_rule
 from vmamba.kernels.delta_rule_reference import reference as delta_rule_reference
+from vmamba.kernels.instance_norm import instance_norm
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.kernels.ssd import ssd
@@ -142,6 +143,7 @@ WAYS: dict[str, dict[str, Way]] = {
         "causal-conv1d": Way(_dao_conv1d, module="causal_conv1d"),
     },
     "layer_norm": {**_backends("layer_norm", _run_layer_norm), "torch": Way(_torch_layer_norm)},
+    "instance_norm": _backends("instance_norm", partial(instance_norm, slope=0.01)),
     "delta_rule": {
         "vmamba": Way(delta_rule),
         "reference": Way(lambda **inputs: delta_rule_reference(**inputs)[0], loops=True),

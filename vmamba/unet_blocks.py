@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vmamba.mixers.bimamba import BiMamba
 from vmamba.norm import LayerNorm
+from vmamba.norm_act import Chain, conv_norm_act
 
 Size = int | Sequence[int]  # of a kernel or a stride, for all sides or for each
 
@@ -100,8 +101,8 @@ class ConvResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, dim, *grid) -> (b, out_dim, *grid / stride)"""
-        y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        return self.act(y + self.shortcut(x))
+        y = conv_norm_act(self.conv1, self.norm1, self.act, x)
+        return conv_norm_act(self.conv2, self.norm2, self.act, y, self.shortcut(x))
 
 
 class UnetrBlock(ConvResidual):
@@ -117,7 +118,7 @@ class UnetrBlock(ConvResidual):
         norm = partial(instance_norm, axes, affine=False)
         shortcut = None
         if dim != out_dim:
-            shortcut = nn.Sequential(LAYERS[axes].conv(dim, out_dim, 1, bias=False, **dd), norm(out_dim))
+            shortcut = Chain(LAYERS[axes].conv(dim, out_dim, 1, bias=False, **dd), norm(out_dim))
         super().__init__(axes, dim, out_dim, bias=False, norm=norm, shortcut=shortcut, **dd)
 
 
