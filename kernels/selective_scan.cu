@@ -179,7 +179,8 @@ __device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const
         }
         y += T * d;
     };
-    float* kept = states + (((long long)row * ((length + CHUNK - 1) / CHUNK) + first / CHUNK) * d + c) * N + lane * S;
+    long long chunk = (long long)row * ((length + CHUNK - 1) / CHUNK) + (first + CHUNK - 1) / CHUNK;  // the first to keep
+    float* kept = states + (chunk * d + c) * N + lane * S;
     auto walk = [&](int turn, int left) {
         float out[T];
 #pragma unroll

@@ -77,7 +77,7 @@ def _run(states: Tensor | None, dtype: torch.dtype, softplus: bool, *tensors: An
     if not y.numel():
         return y, last.zero_()
     inputs, plan = Inputs(tensors, softplus), plans.forward(b * k * d, n, length)
-    per = -(-length // (plan.segments * CHUNK)) * CHUNK  # steps of a segment: whole chunks
+    per = -(-length // (plan.segments * plans.TILE)) * plans.TILE  # steps of a segment: whole tiles
     segments = -(-length // per)
     before = (segments - 1) * b * k * d
     ends = new(before * (n + 1), dtype=torch.float32)

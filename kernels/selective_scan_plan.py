@@ -12,6 +12,7 @@ MOST_LANES = 16
 WARPS = 1500  # about as many fill a large GPU, if each walks a whole sequence
 SEGMENT_WARPS = 4224  # and if each walks a segment
 FEWEST_SEGMENTS = 4  # at least as many, or none
+TILE = 16  # steps; segments are made of whole ones
 MANY_WARPS = 24  # of a multiprocessor: the backward needs no lanes that share steps
 SUB = 8  # steps that selective_scan_backward.cu has in registers
 STEP_LANES, CHANNEL_LANES = 8, 4  # of a warp, where lanes share steps
