@@ -17,7 +17,6 @@ struct __align__(BYTES) Row {
 #endif
 };
 struct __align__(VECTOR < 4 ? VECTOR * 4 : 16) Floats { float at[VECTOR]; };
-struct __align__(TAPS % 4 == 0 ? 16 : 4) Filter { float at[TAPS]; };
 
 // Row numbers of AHEAD steps from `begin`; steps outside the route read row `pixels`, which stands for zeros
 template <int COUNT>
@@ -59,7 +58,7 @@ __device__ __forceinline__ Row packed(const float (&from)[VECTOR]) {
     return row;
 }
 
-// x (b, p, d) with `stride` from pixel to pixel; weight (k, d, TAPS); bias (k, d); u (b, k, l, d)
+// x (b, p, d) with `stride` from pixel to pixel; weight (k, TAPS, d); bias (k, d); u (b, k, l, d)
 extern "C" __global__ void __launch_bounds__(128, 4) forward(
     const real_t* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
     const int* __restrict__ routes, real_t* __restrict__ u,
@@ -75,10 +74,9 @@ extern "C" __global__ void __launch_bounds__(128, 4) forward(
     x += (long long)b * pixels * stride + c;
     u += (((long long)b * count + k) * length + begin) * channels + c;
     const int* route = routes + (long long)k * length;
-    Floats offset = *reinterpret_cast<const Floats*>(bias + k * channels + c);
-    Filter w[VECTOR];
+    Floats w[TAPS], offset = *reinterpret_cast<const Floats*>(bias + k * channels + c);
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) w[v] = reinterpret_cast<const Filter*>(weight)[k * channels + c + v];
+    for (int j = 0; j < TAPS; j++) w[j] = *reinterpret_cast<const Floats*>(weight + (k * TAPS + j) * channels + c);
 
     float window[BEFORE + AHEAD][VECTOR];
     int old[BEFORE > 0 ? BEFORE : 1], rows[AHEAD];
@@ -103,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) forward(
             for (int v = 0; v < VECTOR; v++) {
                 float total = offset.at[v];
 #pragma unroll
-                for (int j = 0; j < TAPS; j++) total += w[v].at[j] * window[i + j][v];
+                for (int j = 0; j < TAPS; j++) total += w[j].at[v] * window[i + j][v];
                 result[v] = __fdividef(total, 1 + power2(-LOG2E * total));
             }
             if (begin + s + i < length) *reinterpret_cast<Row*>(u + (long long)(s + i) * channels) = packed(result);

@@ -39,7 +39,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, table: Table) -> Tensor:
     while d % vector or x.stride(1) % vector or x.data_ptr() % (vector * x.element_size()):
         vector //= 2
     blocks = -(-b * k * -(-length // STEPS) * (d // vector) // THREADS)
-    filters, offsets = weight.float().contiguous(), bias.float().contiguous()
+    filters, offsets = weight.mT.float().contiguous(), bias.float().contiguous()
     run = nvrtc.kernel(SOURCE, "forward", defines(x.dtype, weight.shape[2], vector), x.device.index)
     run((blocks, 1), THREADS, x, filters, offsets, table.routes, u, b, k, length, p, d, x.stride(1))
     return u
