@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from monai.data.meta_tensor import MetaTensor
 from monai.transforms.compose import Compose
 from monai.transforms.croppad.dictionary import CenterSpatialCropd
 from monai.transforms.intensity.dictionary import (
@@ -21,6 +20,7 @@ from monai.transforms.spatial.dictionary import RandAffined, RandFlipd, RandSimu
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vmamba.medical.drawn import transformed
 from vmamba.medical.loading import loader
 from vmamba.medical.preprocess import OUTSIDE, Stored
 
@@ -113,10 +113,9 @@ class Patches(Dataset):
         if len(self.patch) == 2:
             data, label = data[:, centre[0]], label[centre[0]]
         image, mask = cut(data, origin, self.read, 0), cut(label[None], origin, self.read, OUTSIDE)
-        sample: Any = {"image": torch.from_numpy(image), "label": torch.from_numpy(mask.astype(np.float32))}
-        self.transform.set_random_state(seed=int(draw.integers(2**31)))
-        sample = self.transform(sample)
-        return _plain(sample["image"]).float(), _plain(sample["label"]).round().short()
+        sample = {"image": torch.from_numpy(image), "label": torch.from_numpy(mask.astype(np.float32))}
+        sample = transformed(self.transform, sample, int(draw.integers(2**31)))
+        return sample["image"].float(), sample["label"].round().short()
 
 
 def cut(maps: np.ndarray, origin: Sequence[int], size: Sequence[int], value: float) -> np.ndarray:
@@ -126,10 +125,6 @@ def cut(maps: np.ndarray, origin: Sequence[int], size: Sequence[int], value: flo
     before = [s.start - o for s, o in zip(inner, origin, strict=True)]
     pads = [(b, n - b - m) for b, n, m in zip(before, size, part.shape[1:], strict=True)]
     return np.pad(part, [(0, 0), *pads], constant_values=value)
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x
 
 
 class Epoch(Sampler):

@@ -1,17 +1,16 @@
 """Normalisation, padding, and augmentation (MONAI's transforms, seeded for each sample)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from monai.data.meta_tensor import MetaTensor
 from monai.transforms.compose import Compose
 from monai.transforms.croppad.dictionary import RandSpatialCropd
 from monai.transforms.intensity.dictionary import RandAdjustContrastd, RandGaussianNoised, RandScaleIntensityd
 from monai.transforms.spatial.dictionary import RandAffined, RandFlipd
 from torch import Tensor
 
+from vmamba.medical.drawn import transformed
 from vmamba.medical.recipe_augment import RECIPE_AUGMENTATIONS
 
 _KEYS = ("image", "label")
@@ -111,12 +110,7 @@ class Augment:
 
     def __call__(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Pads to the patch, crops it at random, augments; ``seed`` decides every draw."""
-        self.transform.set_random_state(seed=seed)
         padded, _ = pad_to(image, self.patch)
         mask, _ = pad_to(label[None].float(), self.patch, value=0)
-        sample: Any = self.transform({"image": padded, "label": mask})
-        return _plain(sample["image"]).float(), _plain(sample["label"])[0].long()
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x
+        sample = transformed(self.transform, {"image": padded, "label": mask}, seed)
+        return sample["image"].float(), sample["label"][0].long()
