@@ -9,85 +9,18 @@
 // the same steps put together in shared memory. Sums over channels (the gradients of B and C) are exchanges between the
 // lanes of other channels. Nothing is atomic.
 //
+// Where all channels together are few, sequences are cut into segments, as in the forward: `backs` finds the adjoint that
+// every segment leaves if none enters, and its sum of step sizes; `backward` begins with what the segments after it leave.
+//
 // Compile-time: T_BF16, T_FP16 or T_FP32 (u, delta, B, C and z), N states, S, CHANNELS, WIDE channels and MAPS numbers of B or
 // C that are read at once, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, TAIL steps of a lane in the last chunk, BYTES of shared memory.
 
 #include "selective_scan_common.cu"
+#include "selective_scan_lanes.cu"
 
-constexpr int LANES = 8, STEPS = CHUNK / LANES;
-constexpr int PLACES = 32 / LANES;                            // channels next to each other in a warp
 constexpr int GROUPS = (N + S - 1) / S, STATES = GROUPS * S;  // the states past N are zeros
 constexpr int COLUMNS = CHANNELS / PLACES, WARPS = COLUMNS * GROUPS, THREADS = 32 * WARPS;
 static_assert(CHANNELS % PLACES == 0, "whole warps");
-
-// Where a step stands among a channel's CHUNK numbers if a lane has `count` of them: four of a lane together, in an order in
-// which neither the lanes of a warp nor threads that load neighbours meet in a bank of shared memory
-__device__ __forceinline__ int place_of(int channel, int t, int count) {
-    if (count < 4) return t;
-    int lane = t / count, quad = t % count / 4, mixed = lane ^ (channel % 4 * 2 + channel / 4 % 2) ^ quad * 2;
-    return (quad * LANES + mixed) * 4 + t % 4;
-}
-
-// A lane's numbers of a channel, in shared memory
-template <int COUNT> struct Places {
-    int at[COUNT / 4 + (COUNT < 4)];
-
-    __device__ __forceinline__ Places(int start, int channel, int lane) {
-#pragma unroll
-        for (int q = 0; q < sizeof at / 4; q++) {
-            at[q] = start + place_of(channel, lane * COUNT + 4 * q, COUNT);
-            hold(at[q]);
-        }
-    }
-    __device__ __forceinline__ void read(float (&to)[COUNT], const float* from) const {
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4) {
-            if constexpr (COUNT >= 4) {
-                float4 v = *(const float4*)(from + at[i / 4]);
-                to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
-            } else {
-                for (int j = 0; j < COUNT; j++) to[j] = from[at[0] + j];
-            }
-        }
-    }
-    __device__ __forceinline__ void write(float* to, const float (&from)[COUNT]) const {
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4) {
-            if constexpr (COUNT >= 4) {
-                *(float4*)(to + at[i / 4]) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
-            } else {
-                for (int j = 0; j < COUNT; j++) to[at[0] + j] = from[j];
-            }
-        }
-    }
-};
-
-// The sums of step sizes of a lane, and of the 2 and 4 lanes that end with it, or (not RIGHT) begin with it
-template <bool RIGHT> struct Reach {
-    float sums[3];
-
-    __device__ __forceinline__ explicit Reach(float sum) : sums{sum} {
-#pragma unroll
-        for (int i = 1; i < 3; i++) sums[i] = sums[i - 1] + behind(sums[i - 1], i);
-    }
-    static __device__ __forceinline__ float behind(float v, int by) {
-        return RIGHT ? __shfl_up_sync(ALL, v, by * PLACES) : __shfl_down_sync(ALL, v, by * PLACES);
-    }
-    // What enters a lane's steps, where `end` is what they make of nothing, and `carry` enters the first lane's, which alone
-    // knows it; it becomes what the last lane leaves. Lanes follow each other from left to right, or from right to left.
-    __device__ __forceinline__ float enter(float end, float rate, int lane, float& carry) const {
-        int order = RIGHT ? lane : LANES - 1 - lane, from = threadIdx.x;
-        if (order == 0) end += power2(sums[0] * rate) * carry;
-#pragma unroll
-        for (int i = 0; i < 3; i++) {
-            float before = behind(end, 1 << i), decay = power2(sums[i] * rate);
-            if (order >= 1 << i) end += decay * before;
-        }
-        float left = __shfl_sync(ALL, end, from + (RIGHT ? -PLACES : PLACES)), in = order == 0 ? carry : left;
-        carry = left;
-        return in;
-    }
-};
 
 template <int COUNT> __device__ __forceinline__ float sum_of(const float (&v)[COUNT]) {
     float sum = v[0];
@@ -173,19 +106,36 @@ struct Thread {  // what a thread walks: steps of `lane`, of a channel of the bl
         own.write(m.y[group][0], out);
 #endif
     }
+    __device__ __forceinline__ float walk_back(Shared& m) {  // the adjoint alone; the sum of the lane's step sizes
+        Places<STEPS> own(channel * CHUNK, channel, lane), of_map(first * MAP_ROW, 0, lane);
+        float step[STEPS], g[STEPS];
+        own.read(step, m.step[0]), own.read(g, m.dy[0]);
+        Reach<false> left(sum_of(step));
+#pragma unroll
+        for (int s = 0; s < S; s++) {
+            float c[STEPS], back = 0;
+            of_map.read(c, m.maps[1] + s * MAP_ROW);
+#pragma unroll
+            for (int i = STEPS - 1; i >= 0; i--) back = power2(step[i] * rate[s]) * (g[i] * c[i] + back);
+            left.enter(back, rate[s], lane, carry[s]);
+        }
+        return left.sums[0];
+    }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, WARPS < 12 ? 12 / WARPS : 1)
-backward(const float* dy, const float* states, const real_t* u, const real_t* delta, const float* __restrict__ A,
-         const real_t* B, const real_t* C, const float* __restrict__ D, const real_t* z, const float* __restrict__ bias,
-         real_t* __restrict__ du, real_t* __restrict__ ddelta, real_t* __restrict__ dz, float* __restrict__ dA,
-         float* __restrict__ dmaps, float* __restrict__ dD, float* __restrict__ dbias, int routes, int length, int d, int Bb,
-         int Bk, int Bl, int Bn, int Cb, int Ck, int Cl, int Cn) {
+// OUT: all gradients of a segment; else what `backs` finds of the segments but the first
+template <bool OUT>
+__device__ __forceinline__ void scan(const float* dy, const float* states, const real_t* u, const real_t* delta,
+                                     const float* A, const real_t* B, const real_t* C, const float* D, const real_t* z,
+                                     const float* bias, real_t* du, real_t* ddelta, real_t* dz, float* dA, float* dmaps,
+                                     float* dD, float* dbias, float* backs, float* back_steps, int routes, int length,
+                                     int d, int per, int Bb, int Bk, int Bl, int Bn, int Cb, int Ck, int Cl, int Cn) {
     extern __shared__ float4 memory[];
     Shared& m = *(Shared*)memory;
     int blocks = (d + CHANNELS - 1) / CHANNELS, block = blockIdx.x % blocks, c0 = block * CHANNELS;
     int row = blockIdx.x / blocks, ki = row % routes, rows = gridDim.x / blocks;
-    int tiles = (length + CHUNK - 1) / CHUNK, start = (tiles - 1) * CHUNK;  // of the last chunk
+    int segments = gridDim.y + !OUT, segment = blockIdx.y + !OUT, begins = segment * per, ends = min(length, begins + per);
+    int tiles = (length + CHUNK - 1) / CHUNK, start = (ends - 1) / CHUNK * CHUNK;  // of the last chunk
     Thread thread;
     int c = min(c0 + thread.channel, d - 1);
 #pragma unroll
@@ -193,13 +143,22 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
         int n = thread.first + s;
         thread.rate[s] = n < N ? A[(ki * d + c) * N + n] * LOG2E : 0.f;
     }
+    for (int i = segments - 1; OUT && i > segment; i--) {  // what the segments after this one leave
+        long long from = ((long long)(i - 1) * rows + row) * d + c;
+        float sum = back_steps[from];
+#pragma unroll
+        for (int s = 0; s < S; s++) {
+            int n = thread.first + s;
+            if (n < N) thread.carry[s] = power2(thread.rate[s] * sum) * thread.carry[s] + backs[from * N + n];
+        }
+    }
     // the channels and steps that this thread loads and stores
     int across = threadIdx.x % ACROSS, down = threadIdx.x / ACROSS, cw = min(c0 + across * WIDE, d - WIDE);
     bool in_cw = c0 + across * WIDE < d;
     long long origin = ((long long)row * length + start + down) * d + cw;
     u += origin, delta += origin, dy += origin, du += origin, ddelta += origin;
     if (HAS_Z) z += origin, dz += origin;
-    states += (((long long)row * tiles + tiles - 1) * d + c0) * N;
+    states += (((long long)row * tiles + start / CHUNK) * d + c0) * N;
     float shift[WIDE], skip[WIDE], sum_D[WIDE] = {}, sum_bias[WIDE] = {};
 #pragma unroll
     for (int w = 0; w < WIDE; w++) {
@@ -245,19 +204,20 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             if (i * DOWN + down >= size || !is_mine(i)) continue;
-            next_u[i] = fetched((const Row*)(u + i * DOWN * d)), next_delta[i] = fetched((const Row*)(delta + i * DOWN * d));
+            if (OUT) next_u[i] = fetched((const Row*)(u + i * DOWN * d));
+            next_delta[i] = fetched((const Row*)(delta + i * DOWN * d));
             next_dy[i] = fetched((const Floats*)(dy + i * DOWN * d));
             if (HAS_Z) next_z[i] = fetched((const Row*)(z + i * DOWN * d));
         }
 #pragma unroll
         for (int i = 0; i < SHARE; i++) {
-            if (i * MAP_DOWN + map_down >= size || !map_is_mine(i)) continue;
+            if (i * MAP_DOWN + map_down >= size || !map_is_mine(i) || !(OUT || is_C)) continue;
             next_map[i] = fetched((const Few*)(map + i * MAP_DOWN * map_l));
         }
 #pragma unroll
         for (int i = 0; i < KEPT; i++) {
             int v = i * THREADS + threadIdx.x;
-            if (v < min(CHANNELS, d - c0) * N) next_h[i] = fetched(states + v);
+            if (OUT && v < min(CHANNELS, d - c0) * N) next_h[i] = fetched(states + v);
         }
         u -= CHUNK * d, delta -= CHUNK * d, dy -= CHUNK * d, map -= CHUNK * map_l, states -= (long long)d * N;
         if (HAS_Z) z -= CHUNK * d;
@@ -274,19 +234,20 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
                 if (HAS_Z) g *= silu(next_z[i].at(w));
                 step = there ? step : 0.f;
                 int to = slots[i][w];
-                m.step[0][to] = step, m.push[0][to] = step * next_u[i].at(w), m.dy[0][to] = there ? g : 0.f;
+                m.step[0][to] = step, m.dy[0][to] = there ? g : 0.f;
+                if (OUT) m.push[0][to] = step * next_u[i].at(w);
             }
         }
 #pragma unroll
         for (int i = 0; i < SHARE; i++) {
-            if (!map_is_mine(i)) continue;
+            if (!map_is_mine(i) || !(OUT || is_C)) continue;
 #pragma unroll
             for (int k = 0; k < MAPS; k++) m.maps[0][map_slots[i] + k * MAP_ROW] = n_mine + k < N ? next_map[i].at(k) : 0.f;
         }
 #pragma unroll
         for (int i = 0; i < KEPT; i++) {
             int v = i * THREADS + threadIdx.x;
-            if (v < CHANNELS * N) m.h[0][v] = next_h[i];
+            if (OUT && v < CHANNELS * N) m.h[0][v] = next_h[i];
         }
     };
     auto emit = [&](int size) {  // the gradients of u, delta and z
@@ -337,7 +298,7 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
     };
     auto begin = [&](int size) {
         store(size);
-        if (start > 0) load(CHUNK);
+        if (start > begins) load(CHUNK);
         __syncthreads();
     };
     auto end = [&](int size) {
@@ -346,8 +307,27 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
         emit_maps(size);
         start -= CHUNK;
     };
-    int size = length - start;
+    int size = ends - start;
     load(size);
+    if constexpr (!OUT) {
+        float total = 0;
+        arrange(STEPS);
+#pragma unroll 1
+        for (; start >= begins; size = CHUNK, start -= CHUNK) {
+            begin(size);
+            total += thread.walk_back(m);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int by = 1; by < LANES; by *= 2) total += __shfl_xor_sync(ALL, total, by * PLACES);
+        long long to = ((long long)(segment - 1) * rows + row) * d + c;
+        if (thread.lane != LANES - 1 || c0 + thread.channel >= d) return;  // the lane that `enter` tells what is left
+        if (thread.group == 0) back_steps[to] = total;
+#pragma unroll
+        for (int s = 0; s < S; s++)
+            if (thread.first + s < N) backs[to * N + thread.first + s] = thread.carry[s];
+        return;
+    }
     if (TAIL < STEPS) {
         arrange(TAIL);
         begin(size);
@@ -358,7 +338,7 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
     }
     arrange(STEPS);
 #pragma unroll 1
-    for (; start >= 0; size = CHUNK) {
+    for (; start >= begins; size = CHUNK) {
         begin(size);
         thread.walk<STEPS>(m);
         end(size);
@@ -368,7 +348,7 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
 #pragma unroll
         for (int by = 1; by < LANES; by *= 2) thread.sum_A[s] += __shfl_xor_sync(ALL, thread.sum_A[s], by * PLACES);
         bool mine = thread.lane == 0 && c0 + thread.channel < d && thread.first + s < N;
-        if (mine) dA[((long long)row * d + c) * N + thread.first + s] = thread.sum_A[s];
+        if (mine) dA[(((long long)segment * rows + row) * d + c) * N + thread.first + s] = thread.sum_A[s];
     }
     if (!HAS_D && !HAS_BIAS) return;
     __syncthreads();
@@ -383,6 +363,23 @@ backward(const float* dy, const float* states, const real_t* u, const real_t* de
     for (int v = threadIdx.x; v < 2 * CHANNELS; v += THREADS) {
         float total = 0;
         for (int j = 0; j < DOWN; j++) total += parts[j * 2 * CHANNELS + v];
-        if (c0 + v % CHANNELS < d) (v < CHANNELS ? dD : dbias)[(long long)row * d + c0 + v % CHANNELS] = total;
+        long long to = ((long long)segment * rows + row) * d + c0 + v % CHANNELS;
+        if (c0 + v % CHANNELS < d) (v < CHANNELS ? dD : dbias)[to] = total;
     }
 }
+
+#define ARGUMENTS                                                                                                        \
+    const float *dy, const float *states, const real_t *u, const real_t *delta, const float *__restrict__ A,             \
+        const real_t *B, const real_t *C, const float *__restrict__ D, const real_t *z, const float *__restrict__ bias,  \
+        real_t *__restrict__ du, real_t *__restrict__ ddelta, real_t *__restrict__ dz, float *__restrict__ dA,           \
+        float *__restrict__ dmaps, float *__restrict__ dD, float *__restrict__ dbias, float *__restrict__ backs,         \
+        float *__restrict__ back_steps, int routes, int length, int d, int per, int Bb, int Bk, int Bl, int Bn, int Cb,  \
+        int Ck, int Cl, int Cn
+#define PASSED                                                                                                           \
+    dy, states, u, delta, A, B, C, D, z, bias, du, ddelta, dz, dA, dmaps, dD, dbias, backs, back_steps, routes, length,  \
+        d, per, Bb, Bk, Bl, Bn, Cb, Ck, Cl, Cn
+
+extern "C" __global__ void __launch_bounds__(THREADS, WARPS < 12 ? 12 / WARPS : 1) backward(ARGUMENTS) {
+    scan<true>(PASSED);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, WARPS < 12 ? 12 / WARPS : 1) backs(ARGUMENTS) { scan<false>(PASSED); }

@@ -109,12 +109,15 @@ def backward(
     """Gradients of u, delta, A, B, C, D, z, bias, in their shapes and dtypes; None where the input is None."""
     tensors = u, delta, A, B, C, D, z, bias
     (b, k, length, d), n = u.shape, A.shape[-1]
-    inputs, plan = Inputs(tensors, softplus), _backward_plan(b * k, d, n, u.device)
+    inputs, plan = Inputs(tensors, softplus), _backward_plan(b * k, d, n, u.device, length)
     blocks, rows = -(-d // plan.channels), b * k * length
+    per = -(-length // (plan.segments * CHUNK)) * CHUNK if isinstance(plan, plans.StepLanes) else max(length, 1)
+    segments = max(1, -(-length // per))
     new = states.new_empty if u.numel() else states.new_zeros  # of nothing the sums are zeros
     du, ddelta, dz = (inputs.none if t is None else new(t.shape, dtype=u.dtype) for t in (u, delta, z))
     dB, dC = (new(t.shape, dtype=u.dtype) for t in (B, C))
-    dA, dmaps, dD, dbias = new(b, k, d, n), new(blocks, rows, 2, n), new(b, k, d), new(b, k, d)
+    dA, dD, dbias = (new(segments * b, *shape) for shape in ((k, d, n), (k, d), (k, d)))
+    dmaps = new(blocks, rows, 2, n)
     if du.numel():
         dy = dy.to(states.dtype).contiguous()
         dy = dy.clone() if dy.data_ptr() % 8 else dy  # two are read at once
@@ -123,15 +126,23 @@ def backward(
         run = nvrtc.kernel(BACKWARD[type(plan)], "backward", defines, inputs.device, shared)
         fold = nvrtc.kernel(FOLD, "fold", (TYPES[u.dtype], f"N={n}"), inputs.device)
         arguments = dy, states, *inputs.tensors, du, ddelta, dz, dA, dmaps, dD, dbias
-        run((b * k * blocks, 1), plan.threads, *arguments, k, length, d, *inputs.strides)
+        if isinstance(plan, plans.StepLanes):
+            backs = new(max(segments - 1, 1), b, k, d, n), new(max(segments - 1, 1), b, k, d)
+            arguments = *arguments, *backs, k, length, d, per, *inputs.strides
+        else:
+            arguments = *arguments, k, length, d, *inputs.strides
+        if segments > 1:
+            find = nvrtc.kernel(BACKWARD[type(plan)], "backs", defines, inputs.device, shared)
+            find((b * k * blocks, segments - 1), plan.threads, *arguments)
+        run((b * k * blocks, segments), plan.threads, *arguments)
         fold((-(-rows * 2 * n // 256), 1), 256, dmaps, dB, dC, blocks, rows)
     grads = du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0)
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
 @cache
-def _backward_plan(sequences: int, channels: int, states: int, device: torch.device) -> Plan:
-    return plans.backward(sequences, channels, states, gpu_of(device))
+def _backward_plan(sequences: int, channels: int, states: int, device: torch.device, length: int) -> Plan:
+    return plans.backward(sequences, channels, states, gpu_of(device), length)
 
 
 def gpu_of(device: torch.device) -> plans.GPU:
@@ -147,7 +158,8 @@ def _backward_defines(plan: Plan, states: int, has_z: bool, length: int) -> tupl
         shared = plan.shared_bytes(has_z)
         return shared, (f"BYTES={shared}",)
     shared = plan.shared_bytes(states, has_z)
-    return shared, (f"BYTES={shared}", f"TAIL={plans.tail(length)}")
+    tail = plans.tail(length) if plan.segments == 1 else CHUNK // plans.STEP_LANES
+    return shared, (f"BYTES={shared}", f"TAIL={tail}")
 
 
 class Inputs:

@@ -17,7 +17,10 @@ MANY_WARPS = 24  # of a multiprocessor: the backward needs no lanes that share s
 SUB = 8  # steps that selective_scan_backward.cu has in registers
 STEP_LANES, CHANNEL_LANES = 8, 4  # of a warp, where lanes share steps
 MOST_THREADS = 384  # of a block, where lanes share steps
-SHORT = 1024  # steps; the last chunk of longer ones is like the others
+SHORT = 1024  # steps; the last chunk of longer ones is like the others; no segment of the backward is shorter
+MOST_SEGMENTS = 64  # of the backward
+TWICE = 1.4  # what a backward in segments takes of one that is not cut, for the pass before it
+WORTH = 2  # times less work for the busiest multiprocessor, or there are no segments
 
 
 class GPU(NamedTuple):
@@ -57,11 +60,15 @@ class StateLanes(NamedTuple):
 
 
 class StepLanes(NamedTuple):
-    """Lanes share steps: channels of a block, states of a thread, groups of threads with other states of a channel."""
+    """Lanes share steps: channels of a block, states of a thread, groups of threads with other states of a channel.
+
+    And segments of a sequence.
+    """
 
     channels: int
     share: int
     groups: int
+    segments: int = 1
 
     @property
     def threads(self) -> int:
@@ -93,24 +100,31 @@ def forward(channels: int, states: int, length: int) -> StateLanes:
     return possible[0]._replace(segments=segments) if segments >= FEWEST_SEGMENTS else possible[-1]
 
 
-def backward(sequences: int, channels: int, states: int, gpu: GPU) -> StateLanes | StepLanes:
+def backward(sequences: int, channels: int, states: int, gpu: GPU, length: int = 0) -> StateLanes | StepLanes:
     """Lanes share states where there are sequences enough, else steps."""
     lanes = _state_lanes(states)[0]
     many = sequences * channels * lanes.lanes >= MANY_WARPS * 32 * gpu.processors
-    return lanes if many and lanes.shared_bytes(True) <= gpu.shared else steps(sequences, channels, states, gpu)
+    return lanes if many and lanes.shared_bytes(True) <= gpu.shared else steps(sequences, channels, states, gpu, length)
 
 
-def steps(sequences: int, channels: int, states: int, gpu: GPU) -> StepLanes:
-    """Blocks that leave the busiest multiprocessor the least; a block costs about as much as 4 channels of it."""
+def steps(sequences: int, channels: int, states: int, gpu: GPU, length: int = 0) -> StepLanes:
+    """Blocks that leave the busiest multiprocessor the least; a block costs about as much as 4 channels of it.
+
+    Segments make up for channels that are few; each has at least ``SHORT`` steps.
+    """
     possible = []
+    cuts = [1 << i for i in range(MOST_SEGMENTS.bit_length()) if i == 0 or length >> i >= SHORT]
     for at_most in (4, 8):
         share = -(-states // -(-states // at_most))
         groups = -(-states // share)
         most = MOST_THREADS // (STEP_LANES * groups)
-        possible += [StepLanes(block, share, groups) for block in range(CHANNEL_LANES, most + 1, CHANNEL_LANES)]
+        sizes = range(CHANNEL_LANES, most + 1, CHANNEL_LANES)
+        possible += [StepLanes(block, share, groups, cut) for block in sizes for cut in cuts]
 
-    def work(plan: StepLanes) -> int:
-        return -(-sequences * -(-channels // plan.channels) // gpu.processors) * (plan.channels + 4)
+    def work(plan: StepLanes) -> tuple[float, int]:
+        blocks = sequences * -(-channels // plan.channels) * plan.segments
+        each = (plan.channels + 4) / plan.segments * (TWICE * WORTH if plan.segments > 1 else 1)
+        return -(-blocks // gpu.processors) * each, -plan.segments
 
     return min((plan for plan in possible if plan.shared_bytes(states, True) <= gpu.shared), key=work)
 

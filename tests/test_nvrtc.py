@@ -139,7 +139,7 @@ def test_selective_scan_compiles(dtype, n, d, z, few):
         (selective_scan_cuda.SOURCE, (b"forward", b"ends"), forward, ("KEEP=1",) if few else ("KEEP=0", "NARROW")),
         (
             selective_scan_cuda.BACKWARD[type(backward)],
-            (b"backward",),
+            (b"backward", b"backs") if few else (b"backward",),
             backward,
             selective_scan_cuda._backward_defines(backward, n, z, 197)[1],
         ),

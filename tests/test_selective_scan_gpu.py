@@ -117,6 +117,16 @@ def test_few_long_sequences(length, gated):
     check_cuda((u, delta, A, B, C, D, z if gated else None, bias))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("segments, length", [(2, 128), (3, 600), (4, 1100), (8, 705)])
+def test_a_backward_in_segments(segments, length, dtype, gated, monkeypatch):
+    plan = selective_scan_plan.StepLanes(8, 8, 2, segments)
+    monkeypatch.setattr(selective_scan_cuda, "_backward_plan", lambda *sizes: plan)
+    u, delta, A, B, C, D, z, bias = scan_inputs(length, 16, dtype, d=26)
+    check_cuda((u, delta, A, B, C, D, z if gated else None, bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("n, stride, first", [(16, 40, 8), (16, 37, 3), (12, 40, 8), (16, 40, 2)])
 def test_strided_maps(n, stride, first, dtype):

@@ -39,6 +39,22 @@ def test_backward(sequences, plan):
     assert chosen == plan and type(chosen) is type(plan)
 
 
+@pytest.mark.parametrize(
+    "sequences, channels, length, segments",
+    [
+        (2, 64, 40 * 224 * 192, 64),  # U-Mamba's volume
+        (12, 64, 512 * 512, 1),  # LightM-UNet's images: enough of them
+        (1, 384, 6085, 1),  # would win too little
+        (2, 64, 9000, 8),  # as many as have enough steps
+        (2, 64, 2 * plans.SHORT - 1, 1),
+        (8, 384, 6085, 1),  # there are blocks enough
+    ],
+)
+def test_segments_of_the_backward(sequences, channels, length, segments):
+    plan = plans.backward(sequences, channels, 16, H200, length)
+    assert isinstance(plan, plans.StepLanes) and plan.segments == segments
+
+
 @pytest.mark.parametrize("gpu", [H200, plans.GPU(20), plans.GPU(1)], ids=str)
 @pytest.mark.parametrize("states", STATES)
 def test_every_state_has_its_lane(states, gpu):

@@ -11,16 +11,17 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vmamba.kernels.backends import plain
+from vmamba.kernels.backends import eager, plain
 from vmamba.kernels.causal_conv1d import causal_conv1d
 from vmamba.kernels.gated_merge import gated_merge
+from vmamba.kernels.mamba_inner import Mamba, mamba_inner
 from vmamba.kernels.route_conv import route_conv
 from vmamba.kernels.route_weights import Projections, route_weights
 from vmamba.kernels.routes import Table
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.mixers.selective import SelectiveMixer
-from vmamba.narrow import Layer
+from vmamba.narrow import Layer, watched
 from vmamba.precision import autocasts
 from vmamba.scans import Scan
 
@@ -79,11 +80,24 @@ class BiMamba(SelectiveMixer):
         if type(self.gate) is not nn.SiLU:
             return super().run(x, layers, weights)
         (in_proj, out_proj), grid = layers, x.shape[1:-1]
-        x, z = in_proj(x).flatten(1, -2).chunk(2, -1)
         table = self.scan.grid_table(grid, x.device)
+        if table.straight and x.is_cuda and (parameters := self._learned(x)):
+            return out_proj(mamba_inner(x.flatten(1, -2), parameters)).unflatten(1, grid)
+        x, z = in_proj(x).flatten(1, -2).chunk(2, -1)
         dtype = _type_of(self.out_proj, x.device)
         y = gated_merge(self.scan_routes(x, table), z, table, divisor=self.divisor, dtype=dtype)
         return out_proj(y).unflatten(1, grid)
+
+    def _learned(self, x: Tensor) -> Mamba | None:
+        """The parameters of the only route where gradients are asked for and all is of one wide type."""
+        conv, into = self.conv1d, self.in_proj
+        if type(into) is not nn.Linear or into.bias is not None or watched(into, cast(nn.Module, self.gate)):
+            return None
+        own = conv.weight[0, :, 0], conv.bias[0], self.x_proj[0], self.dt_proj[0], self.A_log[0], self.D[0]
+        parameters = Mamba(into.weight, *own, self.dt_bias[0])
+        wide = x.dtype in (torch.float32, torch.float64) and not autocasts(x.device.type)
+        fits = wide and all(t.dtype is x.dtype for t in parameters) and eager(x, *parameters)
+        return parameters if fits and not plain(x, *parameters) else None
 
     def scan_map(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64)."""
