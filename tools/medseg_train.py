@@ -77,6 +77,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--workers", type=int, help="processes that load and augment (default: 12 beside a GPU, else 0)"
     )
+    parser.add_argument("--no-graph", action="store_true", help="launch each kernel of a step, not a CUDA graph")
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -87,7 +88,8 @@ def run_train(args: argparse.Namespace) -> int:
     if strange:
         raise UserError(f"{', '.join(strange)}: only {'without' if args.dataset else 'with'} DATASET")
     network = dict(network_option(text) for text in args.set or ())
-    hardware = Hardware(args.accelerator, args.devices, args.strategy, args.workers, not args.no_progress)
+    where = args.accelerator, args.devices, args.strategy, args.workers
+    hardware = Hardware(*where, progress=not args.no_progress, graphs=not args.no_graph)
     try:
         return (_dataset if args.dataset else _folder)(args, network, hardware)
     except Interrupted as stop:

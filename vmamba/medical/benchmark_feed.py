@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from vmamba.benchmark import Row, clean_up
 from vmamba.medical.benchmark import Example, Setup, build, supervise
 from vmamba.medical.busy import Trace
+from vmamba.medical.captured import WARMUP
 from vmamba.medical.fold_module import CLIP, FoldModule, FoldSettings
 from vmamba.medical.labelset import classes
 from vmamba.medical.loading import AHEAD
@@ -101,7 +102,7 @@ class _Clock(Callback):
     """Times the steps after the warm-up, then traces a few more and ends the training.
 
     Args:
-        warmup, steps: how many, at most; each stretch takes :data:`SECONDS` at most.
+        warmup, steps: how many, at most; a stretch of more steps than it takes to a graph ends after :data:`SECONDS`.
     """
 
     def __init__(self, warmup: int, steps: int) -> None:
@@ -119,7 +120,7 @@ class _Clock(Callback):
         """Goes on to the next stretch where one is over."""
         self.done += 1
         late = time.perf_counter() - self.start > SECONDS
-        if self.done < self.left[self.stretch] and not late:
+        if self.done < self.left[self.stretch] and not (late and self.done > WARMUP):
             return
         _wait(pl_module.device)
         if self.stretch == "warmup":
@@ -141,8 +142,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _warmup(hardware: Hardware) -> int:
-    """Steps after which the batches that the processes made beforehand are used up."""
-    return 1 + AHEAD * hardware.loaders
+    """Steps after which there is a graph, and the batches that the processes made beforehand are used up."""
+    return 1 + max(WARMUP, AHEAD * hardware.loaders)
 
 
 def _alone(data: _Fed, warmup: int, steps: int) -> float:

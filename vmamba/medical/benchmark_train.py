@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmamba import memory
 from vmamba.benchmark import Job, Work
 from vmamba.clock import Step
 from vmamba.medical.benchmark import Example, Setup, baseline, build, supervise
+from vmamba.medical.captured import Captured
 from vmamba.medical.fold_module import CLIP, OPTIMISERS, FoldSettings
 from vmamba.medical.losses import deep_loss
 from vmamba.medical.networks import logits
@@ -50,15 +51,21 @@ def _make(name: str, setup: Setup, precision: str, device: torch.device) -> Work
 
 
 def training_step(network: nn.Module, example: Example, precision: str) -> Step:
-    """One iteration of nnU-Net's recipe: forward, loss, backward, clipping, SGD."""
+    """One iteration of nnU-Net's recipe as training runs it: forward, loss, backward, clipping, SGD."""
     settings, half, kind = FoldSettings(), CAST[precision], example.image.device.type
     optimizer = OPTIMISERS[settings.optimizer](network.parameters(), settings.lr, settings.weight_decay)
     deep = supervise(network, True)
 
+    def loss_of(image: Tensor, label: Tensor) -> Tensor:
+        maps = network(image) if deep else logits(network, image)
+        return deep_loss(example.loss, maps, label)
+
+    captured = Captured(loss_of, network)
+    captured.fits = example.image.ndim == 4  # as in training
+
     def step() -> None:
         with torch.autocast(kind, half, enabled=half != torch.float32):
-            maps = network(example.image) if deep else logits(network, example.image)
-            loss = deep_loss(example.loss, maps, example.label)
+            loss = captured(example.image, example.label)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), CLIP)

@@ -7,10 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from monai.metrics.confusion_matrix import get_confusion_matrix
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
+from vmamba.medical.captured import Captured
 from vmamba.medical.labelset import LabelSet
 from vmamba.medical.losses import LabelLoss, deep_loss
 from vmamba.medical.networks import logits
@@ -53,12 +55,17 @@ class FoldModule(pl.LightningModule):
     Args:
         network: to be trained. labels: what its outputs mean.
         settings: of the training. batch_dice: Dice over the whole batch.
+
+    On one GPU a step on images launches all its kernels at once (:class:`Captured`), unless ``captures`` is False.
     """
+
+    captures = True
 
     def __init__(self, network: nn.Module, labels: LabelSet, settings: FoldSettings, batch_dice: bool) -> None:
         super().__init__()
         self.network, self.labels, self.settings = network, labels, settings
         self.loss = LabelLoss(labels, batch_dice)
+        self.captured = Captured(self.loss_of, network)
         self.supervised = settings.network.get("deep_supervision", len(getattr(network, "outputs", ())) > 1)
         self.counts: Tensor | None = None
         self.average: float | None = None
@@ -68,11 +75,24 @@ class FoldModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """Loss of a batch of patches."""
         image, label = batch
-        self.network.deep_supervision = self.supervised  # pyright: ignore[reportAttributeAccessIssue]
-        maps = self.network(image) if self.supervised else logits(self.network, image)
-        loss = deep_loss(self.loss, maps, label)
+        loss = self.captured(image, label)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
         return loss
+
+    def loss_of(self, image: Tensor, label: Tensor) -> Tensor:
+        """The loss of patches (b, c, *patch) with label values (b, 1, *patch)."""
+        self.network.deep_supervision = self.supervised  # pyright: ignore[reportAttributeAccessIssue]
+        maps = self.network(image) if self.supervised else logits(self.network, image)
+        return deep_loss(self.loss, maps, label)
+
+    def on_fit_start(self) -> None:
+        """Several processes exchange gradients meanwhile; volumes keep a GPU busy, and need the memory of a graph."""
+        alone, flat = isinstance(self.trainer.strategy, SingleDeviceStrategy), getattr(self.network, "axes", 2) == 2
+        self.captured.fits = self.captures and alone and flat
+
+    def on_fit_end(self) -> None:
+        """What follows needs the graph's memory."""
+        self.captured.graph = None
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Drop path and dropout depend on (seed, step, rank), so that a resumed run draws the same."""

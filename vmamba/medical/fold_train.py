@@ -106,6 +106,7 @@ def _run(
         )
     )
     module = FoldModule(network, labels, settings, c.batch_dice)
+    module.captures = hardware.graphs
     if not again:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)

@@ -8,12 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from monai.metrics.confusion_matrix import get_confusion_matrix
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 import vmamba
 from vmamba.errors import UserError
+from vmamba.medical.captured import Captured
 from vmamba.medical.inference import infer
 from vmamba.medical.networks import logits
 from vmamba.medical.recipe_losses import LOSSES
@@ -46,7 +48,12 @@ def class_probabilities(out: Tensor) -> Tensor:
 
 
 class Segmenter(pl.LightningModule):
-    """(b, c, h, w) -> logits (b, k, h, w); ``spec`` travels in every checkpoint."""
+    """(b, c, h, w) -> logits (b, k, h, w); ``spec`` travels in every checkpoint.
+
+    On one GPU a step launches all its kernels at once (:class:`Captured`), unless ``captures`` is False.
+    """
+
+    captures = True
 
     def __init__(self, spec: Spec, settings: Settings) -> None:
         super().__init__()
@@ -55,6 +62,7 @@ class Segmenter(pl.LightningModule):
         self.network = build_network(spec)
         self.recipe = RECIPES[settings.recipe]
         self.loss = LOSSES[self.recipe.loss]()
+        self.captured = Captured(self.loss_of, self.network)
         self.total_steps, self.time_share = 0, 0.0
         self.counts: Tensor | None = None
         self.history: dict[str, float] = {}
@@ -62,6 +70,12 @@ class Segmenter(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         """Loss of a batch of patches."""
         image, label, _counted = batch
+        loss = self.captured(image, label)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
+        return loss
+
+    def loss_of(self, image: Tensor, label: Tensor) -> Tensor:
+        """The loss of patches (b, c, h, w) with classes (b, h, w); UserError where the network does not segment."""
         out = plain(self.network, self.spec)(image)
         expected = (len(image), self.spec.outputs, *image.shape[2:])
         if not isinstance(out, Tensor) or out.shape != expected:
@@ -69,9 +83,15 @@ class Segmenter(pl.LightningModule):
             raise UserError(
                 f"network {self.spec.model!r} returned {got}, segmentation needs {expected}; try --model vmunet"
             )
-        loss = self.loss(out.float(), label[:, None])
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
-        return loss
+        return self.loss(out.float(), label[:, None])
+
+    def on_fit_start(self) -> None:
+        """Several processes exchange gradients meanwhile, which no graph could hold."""
+        self.captured.fits = self.captures and isinstance(self.trainer.strategy, SingleDeviceStrategy)
+
+    def on_fit_end(self) -> None:
+        """What follows needs the graph's memory."""
+        self.captured.graph = None
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Drop path and dropout depend on (seed, step, rank), so that a resumed run draws the same."""

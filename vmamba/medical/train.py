@@ -38,7 +38,7 @@ class Hardware:
     """Where the training runs; Lightning's own words.
 
     ``workers`` processes load and augment. None: none on a CPU, where they would compete with the training; beside a
-    GPU :data:`LOADERS`, or its share of the cores if that is less.
+    GPU :data:`LOADERS`, or its share of the cores if that is less. ``graphs``: one GPU runs a step as a CUDA graph.
     """
 
     accelerator: str = "auto"
@@ -46,6 +46,7 @@ class Hardware:
     strategy: str = "auto"
     workers: int | None = None
     progress: bool = True
+    graphs: bool = True
 
     @property
     def on_gpu(self) -> bool:
@@ -89,6 +90,7 @@ def train(
         prepared = prepare(settings)
         torch.manual_seed(settings.seed)
         module = Segmenter(prepared.spec, settings)
+        module.captures = hardware.graphs
         if settings.pretrained and not resume:
             source = Path(settings.pretrained)
             report = load_start(module.network, source)
