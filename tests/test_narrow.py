@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import vmamba
 from vmamba import narrow
-from vmamba.block import Mlp
+from vmamba.mlp import Mlp
 
 SMALL = {"depths": (1, 1), "dim": 16, "num_classes": 5}
 

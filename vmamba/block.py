@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm import layers
 from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.kernels.backends import eager
-from vmamba.narrow import PLAIN, Layer, Narrowed, Parts, free, narrow_together, watched
+from vmamba.mlp import Mlp
+from vmamba.narrow import PLAIN, Layer, free, narrow_together, watched
 from vmamba.norm import LayerNorm
 from vmamba.residual import add_then_norm
 
@@ -83,22 +83,6 @@ def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     for block, norm in zip(every, norms, strict=True):
         x, y = block.step(x, y, norm, calls)
     return x
-
-
-class Mlp(Narrowed, layers.Mlp):
-    """timm's, whose weights are cast together under autocast."""
-
-    def parts(self) -> Parts:
-        """Both linear layers."""
-        return (self.fc1, self.fc2), ()
-
-    def run(self, x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
-        """(..., c) -> (..., c)"""
-        fc1, fc2 = layers
-        idle = self.drop1.p == self.drop2.p == 0 and type(self.norm) is nn.Identity
-        if idle and not watched(self.drop1, self.norm, self.drop2):
-            return fc2(self.act(fc1(x)))
-        return self.drop2(fc2(self.norm(self.drop1(self.act(fc1(x))))))
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
