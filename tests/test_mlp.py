@@ -56,5 +56,6 @@ def test_compiled_and_traced():
     mlp, x = Mlp(8, 16), torch.randn(3, 8)
     with torch.no_grad():
         compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-        for other in (compiled, torch.jit.trace(mlp, x), torch.export.export(mlp, (x,)).module()):
+        traced = torch.jit.trace(mlp, x), torch.fx.symbolic_trace(mlp), torch.export.export(mlp, (x,)).module()
+        for other in (compiled, *traced):
             assert torch.allclose(other(x), mlp(x), atol=1e-6)

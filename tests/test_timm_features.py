@@ -41,7 +41,8 @@ def test_feature_classes_agree(name, cls):
     with torch.no_grad():
         maps = nchw(other(x), other.output_fmt)
         for y, z in zip(expected(x), maps, strict=True):
-            assert torch.equal(y, z)
+            # what FX traced calls the layers one by one, whose products and GELU are one elsewhere
+            assert torch.allclose(y, z, atol=1e-5) if cls == "fx" else torch.equal(y, z)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -133,7 +134,8 @@ def test_prune(name, indices):
         before = model.forward_intermediates(x, kept, intermediates_only=True)
     assert model.prune_intermediate_layers(indices) == kept
     assert not any(m.training for m in model.modules())
-    after = model.forward_intermediates(x, kept, intermediates_only=True)
+    with torch.no_grad():
+        after = model.forward_intermediates(x, kept, intermediates_only=True)
     assert all(torch.equal(y, z) for y, z in zip(before, after, strict=True))
     assert torch.equal(model(x), model(x))
     assert model.num_features == model.head_hidden_size == width == model(x).shape[-1]

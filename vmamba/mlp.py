@@ -34,7 +34,9 @@ class Mlp(Narrowed, TimmMlp):
 
 def _fuses(x: Tensor, act: nn.Module, *layers: Any) -> bool:
     """Whether oneDNN can add biases and compute GELU while it writes the products: float32 on a CPU, no gradients."""
-    if not x.is_cpu or type(act) is not nn.GELU or act.approximate != "none" or watched(act) or autocasts("cpu"):
+    if not isinstance(x, Tensor) or not x.is_cpu or autocasts("cpu"):  # x is a symbol where FX traces
+        return False
+    if type(act) is not nn.GELU or act.approximate != "none" or watched(act):
         return False
     tensors = [x]
     for layer in layers:
