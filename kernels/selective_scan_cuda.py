@@ -111,7 +111,7 @@ def backward(
     (b, k, length, d), n = u.shape, A.shape[-1]
     inputs, plan = Inputs(tensors, softplus), _backward_plan(b * k, d, n, u.device, length)
     blocks, rows = -(-d // plan.channels), b * k * length
-    per = -(-length // (plan.segments * CHUNK)) * CHUNK if isinstance(plan, plans.StepLanes) else max(length, 1)
+    per = max(1, -(-length // (plan.segments * CHUNK))) * CHUNK
     segments = max(1, -(-length // per))
     new = states.new_empty if u.numel() else states.new_zeros  # of nothing the sums are zeros
     du, ddelta, dz = (inputs.none if t is None else new(t.shape, dtype=u.dtype) for t in (u, delta, z))

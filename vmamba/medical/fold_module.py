@@ -4,15 +4,14 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from monai.metrics.confusion_matrix import get_confusion_matrix
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 from vmamba.medical.captured import Captured
+from vmamba.medical.captured_steps import CapturedSteps
 from vmamba.medical.labelset import LabelSet
 from vmamba.medical.losses import LabelLoss, deep_loss
 from vmamba.medical.networks import logits
@@ -49,7 +48,7 @@ class FoldSettings:
         return asdict(self)
 
 
-class FoldModule(pl.LightningModule):
+class FoldModule(CapturedSteps):
     """(b, c, *patch) -> logits; label values (b, 1, *patch).
 
     Args:
@@ -58,8 +57,6 @@ class FoldModule(pl.LightningModule):
 
     On one GPU a step on images launches all its kernels at once (:class:`Captured`), unless ``captures`` is False.
     """
-
-    captures = True
 
     def __init__(self, network: nn.Module, labels: LabelSet, settings: FoldSettings, batch_dice: bool) -> None:
         super().__init__()
@@ -84,15 +81,6 @@ class FoldModule(pl.LightningModule):
         self.network.deep_supervision = self.supervised  # pyright: ignore[reportAttributeAccessIssue]
         maps = self.network(image) if self.supervised else logits(self.network, image)
         return deep_loss(self.loss, maps, label)
-
-    def on_fit_start(self) -> None:
-        """Several processes exchange gradients meanwhile; volumes keep a GPU busy, and need the memory of a graph."""
-        alone, flat = isinstance(self.trainer.strategy, SingleDeviceStrategy), getattr(self.network, "axes", 2) == 2
-        self.captured.fits = self.captures and alone and flat
-
-    def on_fit_end(self) -> None:
-        """What follows needs the graph's memory."""
-        self.captured.graph = None
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Drop path and dropout depend on (seed, step, rank), so that a resumed run draws the same."""

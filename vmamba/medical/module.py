@@ -5,10 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from monai.metrics.confusion_matrix import get_confusion_matrix
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 import vmamba
 from vmamba.errors import UserError
 from vmamba.medical.captured import Captured
+from vmamba.medical.captured_steps import CapturedSteps
 from vmamba.medical.inference import infer
 from vmamba.medical.networks import logits
 from vmamba.medical.recipe_losses import LOSSES
@@ -47,13 +46,11 @@ def class_probabilities(out: Tensor) -> Tensor:
     return torch.cat([1 - foreground, foreground], 1)
 
 
-class Segmenter(pl.LightningModule):
+class Segmenter(CapturedSteps):
     """(b, c, h, w) -> logits (b, k, h, w); ``spec`` travels in every checkpoint.
 
     On one GPU a step launches all its kernels at once (:class:`Captured`), unless ``captures`` is False.
     """
-
-    captures = True
 
     def __init__(self, spec: Spec, settings: Settings) -> None:
         super().__init__()
@@ -84,14 +81,6 @@ class Segmenter(pl.LightningModule):
                 f"network {self.spec.model!r} returned {got}, segmentation needs {expected}; try --model vmunet"
             )
         return self.loss(out.float(), label[:, None])
-
-    def on_fit_start(self) -> None:
-        """Several processes exchange gradients meanwhile, which no graph could hold."""
-        self.captured.fits = self.captures and isinstance(self.trainer.strategy, SingleDeviceStrategy)
-
-    def on_fit_end(self) -> None:
-        """What follows needs the graph's memory."""
-        self.captured.graph = None
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Drop path and dropout depend on (seed, step, rank), so that a resumed run draws the same."""

@@ -1,0 +1,24 @@
+"""Lightning modules whose training steps are CUDA graphs where one GPU trains on images."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from vmamba.medical.captured import Captured
+
+
+class CapturedSteps(pl.LightningModule):
+    """A module that makes ``captured`` of its ``network``'s loss; no graph is made where ``captures`` is False."""
+
+    captures = True
+    captured: Captured
+    network: nn.Module
+
+    def on_fit_start(self) -> None:
+        """Several processes exchange gradients meanwhile; volumes keep a GPU busy, and need the memory of a graph."""
+        alone, flat = isinstance(self.trainer.strategy, SingleDeviceStrategy), getattr(self.network, "axes", 2) == 2
+        self.captured.fits = self.captures and alone and flat
+
+    def on_fit_end(self) -> None:
+        """What follows needs the graph's memory."""
+        self.captured.graph = None
