@@ -1,4 +1,4 @@
-"""The README's programme runs, its table says what the zoo says, and its commands exist."""
+"""The README's programme runs, its tables say what the zoo and the measurements say, and its commands exist."""
 
 import re
 import shlex
@@ -11,15 +11,18 @@ from vmamba.registry import entries
 from vmamba.tools.cli import parser
 from vmamba.tools.info import describe
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def rows(text):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines]
 
 
 def section(text, title):
-    return re.search(rf"^#+ {re.escape(title)}.*?\n(.*?)(?=^#|\Z)", text, re.S | re.M).group(1)
+    (found,) = re.findall(rf"^#+ {re.escape(title)}.*?\n(.*?)(?=^#|\Z)", text, re.S | re.M)
+    return found
 
 
 NETWORKS = [row for row in rows(section(README, "Networks")) if row[0].startswith("`")]
@@ -57,6 +60,19 @@ def test_row(row):
         paper = goldens.load(name).get("paper", {})
         published = paper.get("imagenet1k_top1", paper.get("top1"))
         assert published is None or top1 == str(published)
+
+
+def test_speeds_are_those_of_the_measurements():
+    measured = section((ROOT / "docs/performance.md").read_text(), "Networks on a GPU")
+    _, *speeds = rows(section(README, "Speed"))
+    assert len(speeds) == 4
+    first = {row[0]: row[1:3] for row in reversed(rows(measured))}  # the first table that has the network
+    for name, inference, training, compiled in speeds:
+        if name in first:
+            assert [inference, training] == first[name]
+        else:
+            assert f"{inference} and {training} img/s" in measured
+        assert compiled == "-" or f"{compiled} without" in measured
 
 
 def test_commands():
