@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmamba.kernels.cpu import kernel, part
+from vmamba.kernels.cpu import exp, kernel, part, softplus, wide
 from vmamba.kernels.selective_scan_cpu import (
     A_ROW,
     BIAS_ROW,
@@ -125,6 +125,7 @@ def _scatter_lines(lines, route, projected, k, rank):
 @part
 def _project(s, at, rows, lines, ranks):
     """The tile at ``at`` = lines' factors times WEIGHTS: four ranks of four steps at a time."""
+    wide()
     for i in range(at & TILES, (at & TILES) + (rows + 3) // 4 * 4 * WIDTH):
         s[i] = 0
     for quad in range((rows + 3) // 4):
@@ -146,6 +147,40 @@ def _project(s, at, rows, lines, ranks):
 
 
 @part
+def _scan_one_state(s, route, flat, at, step, x, y, low):
+    """A chunk with one state in one pass over the pixels, which saves the tiles: adds to y; WIDTH channels."""
+    wide()
+    low &= FAR
+    for t in range(route.size):
+        row, pixel = DELTA + (t & (CHUNK - 1)) * WIDTH, route[t] & FAR
+        b, c = flat[at + t * step], flat[at + t * step + 1]
+        if pixel == x.shape[0]:
+            for j in range(WIDTH):
+                s[H_ROW + j] *= exp(softplus(s[row + j] + s[BIAS_ROW + j]) * s[A_ROW + j])
+            continue
+        for j in range(WIDTH):
+            u = x[pixel, low + j]
+            delta = softplus(s[row + j] + s[BIAS_ROW + j])
+            h = exp(delta * s[A_ROW + j]) * s[H_ROW + j] + delta * u * b
+            s[H_ROW + j] = h
+            y[pixel, low + j] += c * h + s[D_ROW + j] * u
+
+
+@part
+def _scan_states(s, route, flat, ranks, step, x, y, low, high, A, h):
+    """A chunk with several states, one after the other: adds to y."""
+    rows, n_states = route.size, A.shape[0]
+    _gather(s, U, route, x, low, high)
+    _start(s, rows, True)
+    for n in range(n_states):
+        _put(s, A_ROW, A[n, low:high])
+        _put(s, H_ROW, h[n])
+        _scan(s, rows, flat, ranks + n, step, flat, ranks + n_states + n, step)
+        _take(s, H_ROW, h[n])
+    _scatter(s, Y, route, y, low, high)
+
+
+@part
 def _scan_route(s, lines, h, b, k, low, high, x, projected, dt_proj, A, D, bias, routes, y, states):
     rank, n_states = dt_proj.shape[1], A.shape[1]
     ranks = lines.shape[1] - 2 * n_states
@@ -153,23 +188,21 @@ def _scan_route(s, lines, h, b, k, low, high, x, projected, dt_proj, A, D, bias,
     _put(s, BIAS_ROW, bias[k, low:high])
     for i in range(rank):
         _put(s, WEIGHTS + i * WIDTH, dt_proj[k, i, low:high])
-    flat = lines.reshape(-1)
+    flat, step = lines.reshape(-1), lines.shape[1]
     h[:] = 0
     for begin in range(0, routes.shape[1], CHUNK):
         route = routes[k, begin : begin + CHUNK]
-        rows = route.size
         for n in range(n_states):
             _take(h[n], 0, states[b, k, begin // CHUNK, low:high, n])
         _gather_lines(lines, route, projected[b], k, rank)
-        _gather(s, U, route, x[b], low, high)
-        _project(s, DELTA, rows, lines, ranks)
-        _start(s, rows, True)
-        for n in range(n_states):
-            _put(s, A_ROW, A[k, n, low:high])
-            _put(s, H_ROW, h[n])
-            _scan(s, rows, flat, ranks + n, lines.shape[1], flat, ranks + n_states + n, lines.shape[1])
-            _take(s, H_ROW, h[n])
-        _scatter(s, Y, route, y[b], low, high)
+        _project(s, DELTA, route.size, lines, ranks)
+        if n_states == 1 and high - low == WIDTH:
+            _put(s, A_ROW, A[k, 0, low:high])
+            _put(s, H_ROW, h[0])
+            _scan_one_state(s, route, flat, ranks, step, x[b], y[b], low)
+            _take(s, H_ROW, h[0])
+        else:
+            _scan_states(s, route, flat, ranks, step, x[b], y[b], low, high, A[k], h)
 
 
 @kernel
@@ -196,6 +229,7 @@ def _factors_back(s, rows, grads, ranks):
 
     The tile is turned first, into DECAY: then loops over the steps are SIMD code.
     """
+    wide()
     for t in range(CHUNK):
         for j in range(WIDTH):
             s[DECAY + j * CHUNK + t] = s[GDELTA + t * WIDTH + j]
@@ -218,6 +252,7 @@ def _factors_back(s, rows, grads, ranks):
 @part
 def _weights_back(s, rows, lines, ranks):
     """Adds lines' factors times GDELTA to the gradient of dt_proj, after WEIGHTS."""
+    wide()
     for step in range(0, rows, 4):
         t = step & (CHUNK - 1)
         row = GDELTA + t * WIDTH

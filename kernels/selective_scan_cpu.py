@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmamba.kernels.backends import other_types
-from vmamba.kernels.cpu import ONE, ZERO, exp, kernel, part, sigmoid, softplus
+from vmamba.kernels.cpu import ONE, ZERO, exp, kernel, part, sigmoid, softplus, wide
 from vmamba.kernels.selective_scan_reference import CHUNK
 from vmamba.kernels.threads import share
 
@@ -65,6 +65,7 @@ def _take(s, at, row):
 @part
 def _start(s, rows, softly):
     """Raw delta and u in their tiles -> delta with bias and softplus, x = delta u, y = D u."""
+    wide()
     for t in range(rows):
         for j in range(WIDTH):
             i = t * WIDTH + j
@@ -78,6 +79,7 @@ def _start(s, rows, softly):
 @part
 def _scan(s, rows, B, b_at, b_step, C, c_at, c_step):
     """One state through a chunk: adds C h to y; H_ROW holds the state before and after."""
+    wide()
     for t in range(rows):
         b, c = B[b_at + t * b_step], C[c_at + t * c_step]
         for j in range(WIDTH):
@@ -89,6 +91,7 @@ def _scan(s, rows, B, b_at, b_step, C, c_at, c_step):
 
 @kernel
 def _forward(first, last, softly, u, delta, z, B, b_strides, C, c_strides, A, D, bias, y, final, states):
+    wide()
     _, routes, length, channels = u.shape
     blocks = (channels + WIDTH - 1) // WIDTH
     s = np.zeros(SCRATCH, u.dtype)
@@ -123,6 +126,7 @@ def _forward(first, last, softly, u, delta, z, B, b_strides, C, c_strides, A, D,
 @part
 def _scan_keeping(s, rows, B, b_at, b_step, C, c_at, c_step):
     """As :func:`_scan`, and keeps the decays and the states before each step and after the last."""
+    wide()
     for t in range(rows):
         b, c = B[b_at + t * b_step], C[c_at + t * c_step]
         for j in range(WIDTH):
@@ -143,6 +147,7 @@ def _scan_back(s, rows, B, b_at, b_step, C, c_at, c_step, gb, gc, begin, n):
 
     G_ROW holds decay times the gradient of the state, from the step after the chunk to the chunk's first.
     """
+    wide()
     for back in range(1, rows + 1):
         t = (rows - back) & (CHUNK - 1)  # the mask changes nothing but tells the compiler that t >= 0
         b, c = B[b_at + t * b_step], C[c_at + t * c_step]
@@ -165,6 +170,7 @@ def _scan_back(s, rows, B, b_at, b_step, C, c_at, c_step, gb, gc, begin, n):
 @part
 def _start_back(s, rows, softly):
     """As :func:`_start`, from raw delta in SLOPE, which becomes the slope of delta; clears the sums over states."""
+    wide()
     for i in range(rows * WIDTH):
         s[DELTA + i] = s[SLOPE + i]
         s[GX + i] = 0
@@ -179,6 +185,7 @@ def _start_back(s, rows, softly):
 @part
 def _ungate(s, rows, z, dy, dz, begin, low, high):
     """Gradient of z from y, in scratch, and the incoming gradient."""
+    wide()
     for t in range(rows):
         z_row, dy_row, dz_row = z[begin + t, low:high], dy[begin + t, low:high], dz[begin + t, low:high]
         for j in range(high - low):
@@ -189,6 +196,7 @@ def _ungate(s, rows, z, dy, dz, begin, low, high):
 @part
 def _finish_back(s, rows):
     """Sums over states -> gradients of u, in GX, and of raw delta, in GDELTA; adds to those of D and bias."""
+    wide()
     for t in range(rows):
         for j in range(WIDTH):
             i = t * WIDTH + j

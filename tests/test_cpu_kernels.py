@@ -67,7 +67,7 @@ def check(tensors, tolerance, softplus=True):
 def test_functions_are_exact():
     x, (exp, softplus, sigmoid) = computed(np.linspace(-87.3, 88.3, 1_000_001), np.float32)
     assert np.abs(exp / np.exp(x) - 1).max() < 1e-7
-    assert np.abs(softplus / np.logaddexp(0, x) - 1).max() < 3e-7
+    assert np.abs(softplus / np.logaddexp(0, x) - 1).max() < 2e-7
     assert np.abs(sigmoid * (1 + np.exp(-x)) - 1).max() < 3e-7
     x, (exp, softplus, sigmoid) = computed(np.linspace(-87.3, 19, 10_001), np.float64)
     assert np.abs(exp / np.exp(x) - 1).max() < 1e-15
