@@ -4,7 +4,7 @@ A U-Net whose encoder is made of Mamba layers alone, with the whole map as one s
 depthwise convolutions. This is the code as corrected on 29 March 2024; weights of the version before do not fit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ GROUPS = 8  # of every group norm
 class ResidualMamba(MambaLayer):
     """linear(norm(mamba(norm(x)) + scale x)): (b, dim, *grid) -> (b, out_dim, *grid); both norms are the same one."""
 
-    def __init__(self, dim: int, out_dim: int, *, mixer=MAMBA, device=None, dtype=None):
+    def __init__(self, dim: int, out_dim: int, *, mixer: Callable[..., nn.Module] = MAMBA, device=None, dtype=None):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, mixer=mixer, **dd)
         self.scale = Scale(1, **dd)
@@ -36,7 +36,7 @@ class ResidualMamba(MambaLayer):
 class MambaBlock(nn.Module):
     """x + layer(relu(norm(layer(relu(norm(x)))))) with :class:`ResidualMamba` layers."""
 
-    def __init__(self, dim: int, *, layer, device=None, dtype=None):
+    def __init__(self, dim: int, *, layer: Callable[..., nn.Module], device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1, self.norm2 = (nn.GroupNorm(GROUPS, dim, **dd) for _ in range(2))

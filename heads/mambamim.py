@@ -10,7 +10,7 @@ others it is our reading of the method: each route of a scan leaves hidden pixel
 by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import singledispatch
 from itertools import pairwise
 from math import prod
@@ -188,6 +188,7 @@ class MambaMIM(nn.Module):
         fixed = any(isinstance(module, ChannelMamba) for module in network.modules())
         grid = patch if fixed and patch else [2 * side for side in self.cell]
         maps, self.trained = survey(network, self.sight, grid, self.cell)
+        drop_untrained(network, self.trained)
         self.network = network
         like = next(network.parameters())
         dd: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
@@ -313,8 +314,7 @@ def survey(
 ) -> tuple[list[tuple[int, tuple[int, ...]]], frozenset[str]]:
     """The encoder's maps, (channels, stride of each side), finest first, and the parameters that they depend on.
 
-    Maps of stride 1 do not count. The rest of the network stays: parts without such parameters are replaced by nothing,
-    and single parameters get no gradients. ValueError if visible places depend on hidden ones.
+    Maps of stride 1 do not count. ValueError if visible places depend on hidden ones.
     """
     training, like = network.training, next(network.parameters())
     network.eval()
@@ -335,14 +335,17 @@ def survey(
         used = [y.sum() for y, (_, stride) in zip(maps, sizes, strict=True) if prod(stride) > 1]
     names, parameters = zip(*network.named_parameters(), strict=True)
     gradients = torch.autograd.grad(used, parameters, allow_unused=True)
-    trained = frozenset(name for name, g in zip(names, gradients, strict=True) if g is not None)
+    network.train(training)
+    return sizes, frozenset(name for name, g in zip(names, gradients, strict=True) if g is not None)
+
+
+def drop_untrained(network: nn.Module, trained: Collection[str]) -> None:
+    """Replace parts without any of these parameters by nothing; single other parameters get no gradients."""
     for name, _ in list(network.named_children()):
         if not any(key.startswith(f"{name}.") for key in trained):
             setattr(network, name, nn.Identity())
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained)
-    network.train(training)
-    return sizes, trained
 
 
 KEYS = [

@@ -97,9 +97,8 @@ class Generation(NamedTuple):
 
 def halved(n: int) -> tuple[list[int], list[int]]:
     """Two blocks in the first half of the levels, one in the second."""
-    return [2 if s < math.ceil(n / 2) else 1 for s in range(n)], [
-        2 if s < math.ceil(n / 2) else 1 for s in range(n - 1)
-    ]
+    blocks = [2 if s < math.ceil(n / 2) else 1 for s in range(n)]
+    return blocks, blocks[:-1]
 
 
 def twos(n: int) -> tuple[list[int], list[int]]:

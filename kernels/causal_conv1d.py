@@ -1,6 +1,7 @@
 """Causal depthwise convolution, the short filter before Mamba's scan (arXiv:2312.00752), and its one-step form.
 
-The meaning of ``causal_conv1d``'s two functions, for any width; equation: see ``causal_conv1d_reference``.
+Both compute what the two functions of the package ``causal_conv1d`` compute, for any width; for the equation see
+``causal_conv1d_reference``.
 """
 
 import torch

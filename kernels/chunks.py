@@ -6,14 +6,19 @@ their logarithms add up. They are summed in float64, by products with triangular
 exact, and the sums are deterministic on every device (``torch.cumsum`` is not on CUDA).
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vmamba.kernels.backends import eager
+
 CHUNK = 64
 SUMS = {"mps": torch.float32}  # has no float64
+LEAST = {t: math.ceil(math.log(torch.finfo(t).tiny)) for t in (torch.float32, torch.float64)}  # exp is not subnormal
 
 
 def exact(device: torch.device) -> AbstractContextManager:
@@ -47,10 +52,40 @@ def decays(log: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         exp(log[0] + ... + log[i]), (..., q), and exp(log[j + 1] + ... + log[i]), (..., q, q), zero for j > i.
     """
-    sums, q = prefix_sums(log), log.shape[-1]
-    later = torch.ones(q, q, dtype=torch.bool, device=log.device).triu(1)
-    between = (sums[..., :, None] - sums[..., None, :]).to(log.dtype)
-    return sums.to(log.dtype).exp(), between.masked_fill(later, -torch.inf).exp()
+    sums = prefix_sums(log)
+    between = _Between.apply(sums, log.dtype) if log.is_cpu and eager(log) else _between(sums, log.dtype)
+    return _exp(sums.to(log.dtype)), between
+
+
+def _between(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    q = sums.shape[-1]
+    later = torch.ones(q, q, dtype=torch.bool, device=sums.device).triu(1)
+    return _exp((sums[..., :, None] - sums[..., None, :]).to(dtype).masked_fill(later, -torch.inf))
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp(x) without subnormal numbers: where they come out, MKL's takes 40 times as long."""
+    if x.device.type != "cpu":
+        return x.exp()
+    least = LEAST[x.dtype]
+    return x.clamp(min=least).exp().masked_fill(x < least, 0)
+
+
+class _Between(torch.autograd.Function):
+    """:func:`_between` on a CPU, in place; nothing is kept but the result."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        y = (sums[..., :, None] - sums[..., None, :]).to(dtype)
+        least = LEAST[dtype]
+        y = torch.threshold_(y.clamp_(min=least).tril_().exp_().tril_(), math.exp(least) * 1.001, 0.0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dlog = (dy * ctx.saved_tensors[0]).double()  # its sums all but cancel
+        return dlog.sum(-1) - dlog.sum(-2), None
 
 
 def linear_scan(log: Tensor, x: Tensor, *, chunk: int = CHUNK) -> Tensor:

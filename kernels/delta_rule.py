@@ -12,6 +12,7 @@ are free.
 import torch
 from torch import Tensor
 
+from vmamba.kernels.checks import check_shapes
 from vmamba.kernels.chunks import CHUNK, decays, exact, split
 
 
@@ -83,15 +84,13 @@ def _check(q, k, v, beta, g, state, chunk) -> None:
         raise ValueError(f"k must be (..., l, n) and v (..., l, p) with l > 0, got {tuple(k.shape)}, {tuple(v.shape)}")
     *lead, length, p = v.shape
     n = k.shape[-1]
-    allowed = {
+    wanted = {
         "k": (k, (*lead, length, n)),
         "q": (q, (*lead, length, n)),
         "beta": (beta, (*lead, length)),
         "g": (g, (*lead, length)),
         "initial_state": (state, (*lead, n, p)),
     }
-    for name, (tensor, shape) in allowed.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for v (..., l, p) = {tuple(v.shape)}, got {tuple(tensor.shape)}")
+    check_shapes(wanted, "v (..., l, p)", v)
     if chunk < 1:
         raise ValueError(f"a chunk must have at least one step, got {chunk}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vmamba.kernels.checks import check_shapes
 from vmamba.kernels.chunks import CHUNK, exact, outer_scan, prefix_sums
 from vmamba.kernels.mamba3_reference import State, nothing, rotate
 
@@ -122,7 +123,7 @@ def _check(q, k, v, log_decay, dt, trap, angles, chunk) -> None:
         raise ValueError(f"v must be (b, g, l, r, p) with l > 0, got {tuple(v.shape)}")
     b, g, length, r, _ = v.shape
     n, pairs = k.shape[-1], angles.shape[-1]
-    allowed = {
+    wanted = {
         "q": (q, (b, g, length, r, n)),
         "k": (k, (b, g, length, r, n)),
         "log_decay": (log_decay, (b, g, length)),
@@ -130,9 +131,6 @@ def _check(q, k, v, log_decay, dt, trap, angles, chunk) -> None:
         "trap": (trap, (b, g, length)),
         "angles": (angles, (b, g, length, min(pairs, n // 2))),
     }
-    for name, (tensor, shape) in allowed.items():
-        if tuple(tensor.shape) != shape:
-            found = f"got {tuple(tensor.shape)} for v (b, g, l, r, p) = {tuple(v.shape)} and {n} states"
-            raise ValueError(f"{name} must be {shape}, {found}")
+    check_shapes(wanted, "v (b, g, l, r, p)", v)
     if chunk < 1:
         raise ValueError(f"a chunk must have at least one step, got {chunk}")

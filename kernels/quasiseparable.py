@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vmamba.kernels.checks import check_shapes
 from vmamba.kernels.ssd import ssd
 
 
@@ -76,8 +77,4 @@ def _check(x, dt, A, B, C, diagonal, initial) -> None:
         "diagonal": (diagonal, (b, g, length, m)),
         "initial": (initial, (g, m, p, n)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape} for x (b, g, l, m, p) = {(b, g, length, m, p)}, got {tuple(tensor.shape)}"
-            )
+    check_shapes(wanted, "x (b, g, l, m, p)", x)

@@ -5,6 +5,7 @@ stream = x + factor[sample] branch,  y = (stream - mean) / sqrt(var + eps) weigh
 The factors are those of stochastic depth. It is a layer norm alone where there is no branch.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,7 +50,12 @@ def residual_norm(
 
 
 def computed(arguments: tuple, backend: str, *, direct: bool) -> tuple[Tensor, Tensor]:
-    """The same of arguments that fit; ``direct``: they are ``eager``."""
+    """:func:`residual_norm` without its checks, for callers that have made them.
+
+    Args:
+        arguments: x, branch, factor, weight, bias, eps, dtype.
+        backend: as there, an empty string for None. direct: whether the tensors are ``eager``.
+    """
     x, branch, _, weight, bias, *_ = arguments
     if not direct:
         flat = (None if t is None else t.flatten(1, -2) for t in (x, branch))  # of four axes a compiler would move one
@@ -63,7 +69,7 @@ def computed(arguments: tuple, backend: str, *, direct: bool) -> tuple[Tensor, T
     return module.forward(*arguments)
 
 
-def _module(backend: str, *tensors: Tensor | None):
+def _module(backend: str, *tensors: Tensor | None) -> ModuleType:
     return choose("residual_norm", backend, *(t for t in tensors if t is not None))
 
 

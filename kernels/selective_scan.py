@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vmamba.kernels.backends import choose, plain
+from vmamba.kernels.checks import check_shapes
 from vmamba.kernels.operator import operator
 from vmamba.kernels.selective_scan_reference import CHUNK
 
@@ -184,18 +185,15 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
         raise ValueError(f"A must be real, got {A.dtype}; a complex A of n states is not supported")
     b, d, length = u.shape
     n = A.shape[-1]
-    maps = [(d, n), (b, n, length), *((b, g, n, length) for g in range(1, d + 1) if d % g == 0)]
-    rates = [r for r in range(1, d + 1) if d % r == 0]
-    allowed = {
-        "delta": (delta, [(b, r, length) for r in rates]),
-        "A": (A, [(d, n)]),
-        "B": (B, maps),
-        "C": (C, maps),
-        "D": (D, [(d,)]),
-        "z": (z, [(b, d, length)]),
-        "delta_bias": (delta_bias, [(r,) for r in rates]),
+    divisors = [r for r in range(1, d + 1) if d % r == 0]
+    maps = (d, n), (b, n, length), *((b, g, n, length) for g in divisors)
+    wanted = {
+        "delta": (delta, *((b, r, length) for r in divisors)),
+        "A": (A, (d, n)),
+        "B": (B, *maps),
+        "C": (C, *maps),
+        "D": (D, (d,)),
+        "z": (z, (b, d, length)),
+        "delta_bias": (delta_bias, *((r,) for r in divisors)),
     }
-    for name, (tensor, shapes) in allowed.items():
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            found = f"got {tuple(tensor.shape)} for u (b, d, l) = {tuple(u.shape)} and {n} states"
-            raise ValueError(f"{name} must be {' or '.join(map(str, shapes[:3]))}, {found}")
+    check_shapes(wanted, "u (b, d, l)", u)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vmamba.kernels.checks import check_shapes
+
 
 def selective_state_update(
     state: Tensor,
@@ -56,7 +58,7 @@ def _check(state, x, dt, A, B, C, D, z, dt_bias) -> None:
         raise ValueError(f"state must be (b, d, n) or (b, h, d, n), got {tuple(state.shape)}")
     (b, *inner), n = state.shape[:-1], state.shape[-1]
     groups = B.shape[1:-1]
-    allowed = {
+    wanted = {
         "x": (x, (b, *inner)),
         "dt": (dt, (b, *inner)),
         "A": (A, (*inner, n)),
@@ -66,9 +68,7 @@ def _check(state, x, dt, A, B, C, D, z, dt_bias) -> None:
         "z": (z, (b, *inner)),
         "dt_bias": (dt_bias, tuple(inner)),
     }
-    for name, (tensor, shape) in allowed.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for state {tuple(state.shape)}, got {tuple(tensor.shape)}")
+    check_shapes(wanted, "state", state)
     if len(groups) != len(inner) - 1 or (groups and inner[0] % groups[0]):
         shapes = "(b, n)" if len(inner) == 1 else f"(b, g, n) with g dividing {inner[0]} heads"
         raise ValueError(f"B and C must be {shapes} for state {tuple(state.shape)}, got {tuple(B.shape)}")

@@ -232,11 +232,14 @@ def _order(routes: Routes, grid: tuple[int, ...]) -> Tensor:
 def _table(scan: str, grid: tuple[int, ...], device: torch.device, per_route: bool) -> Table:
     order = _order(_scans[scan], grid)
     with _ordinary_tensors():
-        pixels = math.prod(grid)
-        if per_route:  # slot k of pixel p is row p * k + slot
-            k = order.shape[0]
-            slot = torch.arange(k)[:, None]
-            order = torch.where(order == pixels, pixels * k, order * k + slot)
-            pixels = pixels * k
-        table = table_of(order, pixels)
-        return table._replace(routes=table.routes.to(device), inverse=table.inverse.to(device))
+        return as_table(order, math.prod(grid), device, per_route)
+
+
+def as_table(order: Tensor, pixels: int, device: "torch.device | str", per_route: bool) -> Table:
+    """The table of routes (k, l) over ``pixels``; ``per_route`` as of :meth:`Scan.table`."""
+    if per_route:  # slot k of pixel p is row p * k + slot
+        k = len(order)
+        order = torch.where(order == pixels, pixels * k, order * k + torch.arange(k)[:, None])
+        pixels *= k
+    table = table_of(order, pixels)
+    return table._replace(routes=table.routes.to(device), inverse=table.inverse.to(device))

@@ -225,6 +225,8 @@ def test_resuming(measured, tmp_path, capsys):
         ("models --device tpu", "got 'tpu'"),
         ("models --device cuda:99", "there is no cuda:99"),
         ("models --device cpu --repeat 2", "--repeat takes 3 or more"),
+        ("models --device cpu --seconds nan", "--seconds takes a positive number, got nan"),
+        ("operators --device cpu --seconds -1", "got -1"),
         ("models --device cpu --resume", "name it by --json"),
         ("models --plot picture.jpg", "must end in .png, got 'picture.jpg'"),
         ("models --plot nodir/picture.png", "no folder 'nodir'"),

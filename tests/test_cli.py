@@ -1,9 +1,12 @@
 """The command vmamba: what each sub-command prints, and one line and exit code 2 for a mistake of the user's."""
 
+import configparser
 import json
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 
 import vmamba
 from tests import goldens, segmentors
+from vmamba.doctor import PACKAGES
 from vmamba.kernels.backends import ORDER, operators
 from vmamba.tools.cli import main, parser
 
@@ -205,6 +209,14 @@ def test_doctor_with_a_backend_asked_for(monkeypatch, asked, taken):
     assert choice.backend == taken
     assert choice.others["cpu"] == f"it could, but VMAMBA_BACKEND asks for {asked}"
     assert f"VMAMBA_BACKEND={asked} is set" in str(report)
+
+
+def test_doctor_asks_for_all_that_is_required():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    required = {"core": setup["options"]["install_requires"], "medical": setup["options.extras_require"]["medical"]}
+    names = {extra: set(re.findall(r"^[\w-]+", text, re.MULTILINE)) for extra, text in required.items()}
+    assert {extra: set(packages) - {"vmamba"} for extra, packages in PACKAGES.items()} == names
 
 
 def test_doctor_names_what_is_missing(monkeypatch):

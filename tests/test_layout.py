@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,12 @@ def test_packages_are_the_folders_with_code():
     assert sorted(listed) == sorted(folders)
     mapped = dict(line.split(" = ") for line in setup["options"]["package_dir"].strip().splitlines())
     assert mapped == {"vmamba": "vmamba"} | {f"vmamba.{name}": name for name in LINKED}
+
+
+def test_contributing_tells_what_each_file_is_for():
+    table = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
+    told = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(told) == sorted(file.stem for file in (ROOT / "vmamba").glob("*.py") if file.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", LINKED)

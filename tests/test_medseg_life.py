@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import zipfile
 
 import nibabel
 import numpy as np
@@ -184,6 +185,9 @@ def test_regions_ignored_labels_two_channels(tmp_path):
     assert len(maps) == 2 and np.array_equal(mask, np.where(maps[1] > 0.5, 2, maps[0] > 0.5))
     target = tmp_path / "out/summary.json"
     assert run("evaluate", folder / "labelsTs", tmp_path / "out", "-djfile", folder / "dataset.json", "-o", target) == 0
+    beside = tmp_path / "beside.json"  # by the dataset.json that predict left there
+    assert run("evaluate", folder / "labelsTs", tmp_path / "out", "-o", beside) == 0
+    assert json.loads(beside.read_text())["foreground_mean"] == json.loads(target.read_text())["foreground_mean"]
     metrics = json.loads(target.read_text())["metric_per_case"][0]["metrics"]
     truth = np.asanyarray(nibabel.load(folder / "labelsTs/fäll_5.nii.gz").dataobj)
     assert set(metrics) == {"(1, 2)", "2"} and metrics["(1, 2)"]["n_ref"] == ((truth > 0) & (truth < 3)).sum()
@@ -203,6 +207,15 @@ def test_pictures(tmp_path):
     assert mask.shape == np.asarray(Image.open(folder / "imagesTs/fäll_5_0000.png")).shape and mask.max() <= 2
 
 
+def written_by_numpy_1(path):
+    """The file with numpy's numbers under the name that their module had before NumPy 2."""
+    with zipfile.ZipFile(path) as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in content.items():
+            file.writestr(name, data.replace(b"numpy._core.", b"numpy.core.") if name.endswith(".pkl") else data)
+
+
 def test_foreign_checkpoints(life, tmp_path):
     """nnU-Net's own files hold numpy's numbers, which load; other objects load only by --trust."""
     folder = shutil.copytree(model_folder(life), tmp_path / "nnUNetTrainerVMUNet__nnUNetPlans__2d")
@@ -211,6 +224,8 @@ def test_foreign_checkpoints(life, tmp_path):
     stored["_best_ema"], stored["logging"] = np.float64(0.5), {"mean_fg_dice": [np.float32(0.1)]}
     torch.save(stored, path)
     model = open_model(folder)
+    assert load_model(model, path).mirrored == (0, 1)
+    written_by_numpy_1(path)
     assert load_model(model, path).mirrored == (0, 1)
     torch.save({**stored, "other": Image.Image}, path)
     rejected(lambda: load_model(model, path), path, "--trust")

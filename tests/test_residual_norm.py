@@ -12,7 +12,7 @@ from vmamba.kernels import residual_norm_reference as reference
 from vmamba.kernels.residual_norm import residual_norm
 from vmamba.mixers.ss2d import SS2D
 from vmamba.norm import LayerNorm
-from vmamba.residual import add_then_norm
+from vmamba.residual import add_branch_then_norm
 
 CASES = [("branch", "factor"), ("branch",), ()]
 
@@ -133,9 +133,9 @@ def test_a_wrapped_block_is_called():
 
 def test_on_the_cpu_it_is_pytorchs_own():
     x, branch, norm = torch.randn(2, 3, 8), torch.randn(2, 3, 8), LayerNorm(8)
-    stream, y = add_then_norm(x, branch, nn.Identity(), norm)
+    stream, y = add_branch_then_norm(x, branch, nn.Identity(), norm)
     assert torch.equal(stream, x + branch) and torch.equal(y, norm(x + branch))
-    assert add_then_norm(x, branch, nn.Identity(), None)[1].equal(x + branch)
+    assert add_branch_then_norm(x, branch, nn.Identity(), None)[1].equal(x + branch)
 
 
 def error(got, right):
@@ -166,7 +166,7 @@ def test_gpu_blocks_in_a_row(drop, monkeypatch):
     outcomes = []
     for together in (True, False):
         if not together:
-            monkeypatch.setattr(block, "add_then_norm", apart)
+            monkeypatch.setattr(block, "add_branch_then_norm", apart)
         torch.manual_seed(2)
         with torch.autocast("cuda", torch.bfloat16):
             y = run_blocks(model, x)
@@ -196,5 +196,5 @@ def test_gpu_compiled(train):
 
 def test_drop_path_of_all_samples():
     x, branch = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-    stream, _ = add_then_norm(x, branch, DropPath(1.0).train(), LayerNorm(8))
+    stream, _ = add_branch_then_norm(x, branch, DropPath(1.0).train(), LayerNorm(8))
     assert torch.equal(stream, x)

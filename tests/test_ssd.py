@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests import goldens
+from vmamba.kernels import chunks
 from vmamba.kernels.chunks import decays, linear_scan, prefix_sums
 from vmamba.kernels.ssd import chunk_scan, ssd
 from vmamba.kernels.ssd_reference import reference
@@ -85,6 +86,37 @@ def test_weak_decay_after_strong_decay_is_exact():
     assert start[9] == pytest.approx(torch.exp(torch.tensor(-0.01)).item(), rel=1e-6)
     assert start[10] == between[10, 9] == 0 and between[9, 10] == 0
     assert between[59, 20].item() == pytest.approx(torch.exp(torch.tensor(-0.039)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_left_is_never_subnormal(dtype):
+    """On a CPU the exponential takes 40 times as long for such results, and products with them are slow as well."""
+    log = -torch.rand(3, 64, dtype=dtype) * 40
+    for got, right in zip(decays(log), decays(log.double()), strict=True):
+        assert ((got == 0) | (got >= torch.finfo(dtype).tiny)).all() and (got == 0).any() and (got > 0).any()
+        torch.testing.assert_close(got.double(), right, rtol=2e-5, atol=2 * torch.finfo(dtype).tiny)
+
+
+def test_in_place_it_is_the_same():
+    sums = prefix_sums(-torch.rand(2, 9, dtype=torch.float64) * 300).requires_grad_()
+
+    def direct(sums):
+        return chunks._Between.apply(sums, sums.dtype)
+
+    torch.testing.assert_close(direct(sums), chunks._between(sums, sums.dtype), rtol=1e-12, atol=0)
+    near = (sums.detach() / 300).requires_grad_()
+    assert torch.autograd.gradcheck(direct, near) and torch.autograd.gradgradcheck(direct, near)
+    broken = torch.tensor([-1.0, torch.nan, -2.0], dtype=torch.float64)
+    assert direct(broken)[1, 0].isnan() and direct(broken)[2, 0] == chunks._between(broken, broken.dtype)[2, 0]
+
+
+def test_strong_decay_keeps_the_gradients_exact():
+    """Sums of the decays' gradients along rows and columns all but cancel, so that float32 loses them."""
+    x, dt, A, B, C, D = inputs(200, b=1, k=2)
+    tensors = x, dt, A * 30, B, C, D
+    expected = with_gradients(reference, [t.double() for t in tensors])
+    for name, got, right in zip(("y", *NAMES), with_gradients(ssd, tensors), expected, strict=True):
+        assert error(got, right) < 3e-6, name
 
 
 @pytest.mark.parametrize("steps", [1, 64, 65, 5000])

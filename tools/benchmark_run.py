@@ -36,6 +36,8 @@ def device_of(args: argparse.Namespace) -> torch.device:
         raise UserError("--cuda-graph needs a CUDA GPU")
     if args.repeat < 3 or args.warmup < 0:
         raise UserError(f"--repeat takes 3 or more and --warmup 0 or more, got {args.repeat} and {args.warmup}")
+    if not args.seconds > 0:
+        raise UserError(f"--seconds takes a positive number, got {args.seconds:g}")
     return device
 
 

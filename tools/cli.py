@@ -31,7 +31,7 @@ EXAMPLES = """examples:
   vmamba doctor
   vmamba benchmark models vmamba_tiny_s1l8 convnext_tiny --batch 8
   vmamba medseg train -o runs/mri --preset small --epochs 30 --batch-size 8
-  vmamba train upernet_vmamba_tiny_ade20k.py --amp
+  vmamba train configs/segmentation/upernet_vmamba_tiny_s1l8_ade20k_160k.py --amp
   vmamba detect photos/ --config mask_rcnn_vmamba_tiny_s1l8_coco_1x.py --checkpoint mask_rcnn.pth -o found"""
 
 

@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
 
     prepare = command(commands, "preprocess", "crop, normalise and resample every case", PREPROCESS, run_preprocess)
     _add_dataset(prepare)
-    prepare.add_argument("-c", nargs="+", metavar="CONFIG", help="configurations (default: all of the plans)")
-    prepare.add_argument("--overwrite", action="store_true", help="again, also finished cases")
+    prepare.add_argument("-c", nargs="+", metavar="CONFIG", help="configurations (default: 2d and 3d_fullres)")
+    prepare.add_argument("--overwrite", action="store_true", help="again, also cases that are up to date")
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:

@@ -95,6 +95,7 @@ def _model_folder(args: argparse.Namespace, folder: Path) -> int:
         raise UserError(f"-i: {len(args.input)} inputs; expected one folder of NAME_0000 ... files")
     device, model = choose_device(args.device), open_model(folder)
     trained = load_folds(model, args.f, args.chk, device, args.trust)
+    print(f"{model.folder.name}: {', '.join(one.name for one in trained)}")
     window = Window(args.step_size, not args.disable_tta, device=device, precision=args.precision)
     wish = Wish(args.save_probabilities, args.overwrite, args.num_parts, args.part_id, not args.no_progress)
     written = predict_folder(args.input[0], args.output, model, trained, window, wish)

@@ -20,7 +20,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("truth", type=Path, metavar="GT_DIR", help="folder of true masks, or a paper's layout")
     parser.add_argument("predicted", type=Path, metavar="PRED_DIR", help="folder of predicted masks of the same names")
     parser.add_argument("-o", "--output", type=Path, metavar="summary.json", help="also written as .csv beside it")
-    parser.add_argument("-djfile", type=Path, metavar="dataset.json", help="labels, regions and the ignore label")
+    help_text = "labels, regions and the ignore label (default: PRED_DIR/dataset.json, if there is one)"
+    parser.add_argument("-djfile", type=Path, metavar="dataset.json", help=help_text)
     parser.add_argument(
         "--convention", help="nnunet (default), or the papers': isic, synapse, acdc (default of their layouts)"
     )
@@ -42,7 +43,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vmamba.medical.labelset import label_set
     from vmamba.medical.raw import read_dataset_json
 
-    labels = label_set(read_dataset_json(args.djfile), str(args.djfile)) if args.djfile else None
+    beside = args.predicted / "dataset.json"  # as predict writes it
+    source = args.djfile or (beside if beside.is_file() else None)
+    labels = label_set(read_dataset_json(source), str(source)) if source else None
+    if source == beside:
+        print(f"{source}: names the classes, regions and the ignore label (-djfile takes another)")
     progress = not args.no_progress
     options = {"labels": labels, "overwrite": args.overwrite, "progress": progress}
     convention = args.convention or convention_of(args.truth)

@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
         subparsers,
         "test",
         "evaluate a checkpoint on the test data of a configuration of mmengine",
-        "vmamba test upernet_vmamba_tiny_ade20k.py upernet.pth --out predictions.pkl",
+        "vmamba test upernet_vmamba_tiny_s1l8_ade20k_160k.py upernet.pth --out predictions.pkl",
     )
     add_arguments(parser)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file of vmamba train or of the original code")

@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
         subparsers,
         "train",
         "train what a configuration of mmengine describes",
-        "vmamba train upernet_vmamba_tiny_ade20k.py --amp --work-dir runs/ade20k\n"
-        "  tools/dist_train.sh upernet_vmamba_tiny_ade20k.py 8 --amp",
+        "vmamba train upernet_vmamba_tiny_s1l8_ade20k_160k.py --amp --work-dir runs/ade20k\n"
+        "  tools/dist_train.sh upernet_vmamba_tiny_s1l8_ade20k_160k.py 8 --amp",
     )
     add_arguments(parser)
     dtypes = ("float16", "bfloat16")

@@ -1,11 +1,14 @@
 """What the commands share: a network of the zoo by name, without weights, and a sub-command's parser."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vmamba.errors import UserError
+
+if TYPE_CHECKING:
+    from vmamba.registry import Entry
 
 
 def add_command(subparsers: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
@@ -34,7 +37,7 @@ def skeleton(name: str, **overrides: Any) -> nn.Module:
         return create_model(name, **overrides)
 
 
-def entry_of(name: str):
+def entry_of(name: str) -> "Entry":
     """The zoo's entry of ``name``, also for a backbone's ``<name>_backbone``.
 
     Raises:

@@ -1,4 +1,7 @@
-"""A residual stream and its norm, for norms that are modules; a GPU runs both in one kernel."""
+"""The residual stream of a column of blocks, (b, l, c), and its norm, any module; a GPU runs both in one kernel.
+
+The stream of a pyramid's blocks, with stochastic depth and our own norm alone, is in ``vmamba.residual``.
+"""
 
 from typing import cast
 

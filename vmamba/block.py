@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from vmamba.kernels.backends import eager
 from vmamba.mlp import Mlp
-from vmamba.narrow import PLAIN, Layer, free, narrow_together, watched
+from vmamba.narrow import FUNCTIONAL, Layer, eager_or_compiled, narrow_together, watched
 from vmamba.norm import LayerNorm
-from vmamba.residual import add_then_norm
+from vmamba.residual import add_branch_then_norm
 
 FEW = 3  # pixels: so many times fewer of a convolution's result than channels
 
@@ -28,6 +28,7 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the MLP over c; 0 leaves the MLP out.
         layer_scale: initial factor on the branches, learned for each channel; None for no factors.
         drop_path: probability of dropping a branch for a sample.
+        device, dtype: of the parameters.
     """
 
     def __init__(
@@ -67,15 +68,15 @@ class Block(nn.Module):
         """
         branch = self.scale1(calls.get(self.mixer, self.mixer)(y))
         if self.norm2 is not None and self.mlp is not None:
-            x, y = add_then_norm(x, branch, self.drop_path, self.norm2)
+            x, y = add_branch_then_norm(x, branch, self.drop_path, self.norm2)
             branch = self.scale2(calls.get(self.mlp, self.mlp)(y))
-        return add_then_norm(x, branch, self.drop_path, norm)
+        return add_branch_then_norm(x, branch, self.drop_path, norm)
 
 
 def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """``blocks(x)``; what a block adds to the stream and the norm of the next one are one step where they can be."""
     every = [block for block in blocks if type(block) is Block]
-    if not every or len(every) < len(blocks) or watched(blocks, *every) or not free(x):
+    if not every or len(every) < len(blocks) or watched(blocks, *every) or not eager_or_compiled(x):
         return blocks(x)  # a hook, a wrapper, or whoever traces, is to see each block
     norms = [block.norm1 for block in every[1:]] + [None]
     calls = narrow_together(x, [part for block in every for part in (block.mixer, block.mlp) if part is not None])
@@ -96,6 +97,13 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Start every module of ``model`` afresh that has a ``reset_parameters``."""
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
 
 class Conv2d(nn.Conv2d):
@@ -127,7 +135,7 @@ class Conv2d(nn.Conv2d):
 
 
 register_notrace_module(Conv2d)  # FX keeps it whole; as a decorator it would hide the class from type checkers
-PLAIN[Conv2d] = lambda conv, **cast: partial(conv.filtered, **cast)
+FUNCTIONAL[Conv2d] = lambda conv, **cast: partial(conv.filtered, **cast)
 
 
 def channels_first(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

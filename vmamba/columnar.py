@@ -35,6 +35,7 @@ class ColumnBlock(nn.Module):
         layer_scale: initial factor of the output, one for each channel; None for no factor.
         order: the order in which the mixer sees the patches; that of the image by default.
         class_tokens: the class tokens among them, which keep their places when ``order`` moves the patches.
+        device, dtype: of the parameters.
     """
 
     def __init__(

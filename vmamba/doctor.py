@@ -4,17 +4,20 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 from vmamba.kernels.backends import ORDER, available, operators, why_not
+from vmamba.machine import installed
 from vmamba.openmmlab import BUILD, REGISTRY, SUPPORTED, Toolbox, toolboxes
 
 PACKAGES = {
-    "core": ("vmamba", "torch", "torchvision", "timm", "triton", "numba", "numpy", "PyWavelets", "safetensors"),
-    "medical": ("monai", "nibabel", "albumentations", "lightning", "nilearn", "matplotlib"),
+    "core": ("vmamba", "torch", "torchvision", "timm", "triton", "numba", "numpy", "PyWavelets", "safetensors", "tqdm"),
+    "medical": (
+        *("monai", "nibabel", "albumentations", "lightning", "nilearn", "matplotlib"),
+        *("filelock", "h5py", "scikit-learn"),
+    ),
 }
 SETTINGS = ("VMAMBA_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -71,7 +74,7 @@ def doctor() -> Report:
     >>> doctor().choices[0].operator
     'add_norm'
     """
-    packages = {extra: {name: _version(name) for name in names} for extra, names in PACKAGES.items()}
+    packages = {extra: {name: installed(name) for name in names} for extra, names in PACKAGES.items()}
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     samples = _sample("cpu"), _sample("cuda")
     choices = tuple(_choice(operator, sample) for operator in operators() for sample in samples)
@@ -112,10 +115,3 @@ def _devices() -> Iterator[str]:
     if not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}, but finds no GPU" if torch.version.cuda else "has no CUDA"
         yield f"no cuda device (PyTorch {built}); what is said of cuda tensors below holds once there is one"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

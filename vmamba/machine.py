@@ -13,7 +13,7 @@ PACKAGES = ("vmamba", "torch", "triton", "timm", "mamba-ssm", "causal-conv1d", "
 
 def machine(device: torch.device) -> dict[str, str]:
     """``device`` in words, ``versions`` of what is installed and what is ``missing`` of what could be compared."""
-    found = {name: _version(name) for name in PACKAGES}
+    found = {name: installed(name) for name in PACKAGES}
     there = {"Python": platform.python_version(), **{name: text for name, text in found.items() if text}}
     if device.type == "cuda":
         there |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "driver": _driver()}
@@ -49,7 +49,8 @@ def _driver() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

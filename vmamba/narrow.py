@@ -17,7 +17,8 @@ from vmamba.precision import autocasts
 
 Layer = Callable[[Tensor], Tensor]
 HALF = torch.bfloat16, torch.float16
-PLAIN: dict[type, Callable[..., Layer]] = {nn.Linear: lambda layer, **cast: partial(F.linear, **cast)}
+# class of a layer -> the layer as a function of x, with other weights than its own
+FUNCTIONAL: dict[type, Callable[..., Layer]] = {nn.Linear: lambda layer, **cast: partial(F.linear, **cast)}
 NAMES = ["weight", "bias"]
 Parts = tuple[Sequence[nn.Module], Sequence[Tensor]]
 Cast = tuple[Sequence[Layer], Sequence[Tensor]]
@@ -43,8 +44,8 @@ class Narrowed(nn.Module):
 def narrow(x: Tensor, modules: Sequence[Narrowed]) -> dict[Narrowed, Cast]:
     """The parts of ``modules`` such that autocast finds nothing left to cast, all cast in one launch on a GPU.
 
-    Left out are modules of which the class of a layer is not in ``PLAIN`` or one must be called (:func:`watched`); none
-    is there where autocast is off and where something else than autograd watches the tensors.
+    A module is left out if a layer of it is of a class that ``FUNCTIONAL`` does not know, or must be called
+    (:func:`watched`); all are where autocast is off, and where something else than autograd watches the tensors.
 
     Args:
         x: what the first of them is called with; its device counts.
@@ -59,7 +60,7 @@ def narrow(x: Tensor, modules: Sequence[Narrowed]) -> dict[Narrowed, Cast]:
         if tensors is not None:
             found[module] = layers, weights
             wide += tensors
-    if not wide or not free(x, *wide):
+    if not wide or not eager_or_compiled(x, *wide):
         return {}
     cast = iter(cast_together(wide, dtype))
     return {module: _with(cast, *parts) for module, parts in found.items()}
@@ -69,7 +70,7 @@ def _tensors(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> list[Ten
     """The weights to cast; None where there is a layer with others than are known, or a weight of another type."""
     wide = []
     for layer in layers:
-        if type(layer) not in PLAIN or watched(layer) or [*layer._parameters] != NAMES:
+        if type(layer) not in FUNCTIONAL or watched(layer) or [*layer._parameters] != NAMES:
             return None
         wide += [t for t in layer._parameters.values() if t is not None]
     wide += weights
@@ -78,7 +79,7 @@ def _tensors(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> list[Ten
 
 def _with(cast: Iterator[Tensor], layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> Cast:
     own = [{name: t if t is None else next(cast) for name, t in layer._parameters.items()} for layer in layers]
-    run = [PLAIN[type(layer)](layer, **pair) for layer, pair in zip(layers, own, strict=True)]
+    run = [FUNCTIONAL[type(layer)](layer, **pair) for layer, pair in zip(layers, own, strict=True)]
     return run, [next(cast) for _ in weights]
 
 
@@ -93,7 +94,7 @@ def narrow_together(x: Tensor, modules: Sequence[nn.Module]) -> dict[nn.Module, 
     return {m: partial(m.run, layers=layers, weights=w) for m, (layers, w) in narrow(x, known).items()}
 
 
-def free(*tensors: Tensor) -> bool:
+def eager_or_compiled(*tensors: Tensor) -> bool:
     """Whether nothing but autograd, or the compiler, watches these tensors."""
     return torch.compiler.is_dynamo_compiling() or eager(*tensors)
 

@@ -7,7 +7,7 @@ from timm.layers import get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba.block import init_linear
+from vmamba.block import init_linear, reset_parameters
 from vmamba.images import check_image
 
 SPARED = ("A_log", "D", "dt_bias", "pos_embed", "cls_token", "cls_pos")  # leaf names that weight decay leaves alone
@@ -89,9 +89,8 @@ class TimmModel(nn.Module):
 
     def init_weights(self, needs_reset: bool = False) -> None:
         """Truncated normal (0.02) for linear layers; with ``needs_reset`` every other module starts afresh too."""
-        for module in self.modules():
-            if needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        if needs_reset:
+            reset_parameters(self)
         self.initialise()
 
     def initialise(self) -> None:

@@ -29,7 +29,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Entry:
-    """A named network: its class, the published settings, weights and origin."""
+    """A named network: its class, the published settings, weights and origin; :func:`register` says what each is."""
 
     name: str
     cls: type[nn.Module]

@@ -1,4 +1,7 @@
-"""A block's branches and the residual stream (b, ..., c): adding, stochastic depth, and the norm that follows."""
+"""A block's branches and the residual stream (b, ..., c): adding, stochastic depth, and the norm that follows.
+
+The stream of a column, whose blocks hand on the norm's input in two parts, is in ``vmamba.add_norm``.
+"""
 
 from typing import Any, cast
 
@@ -15,7 +18,9 @@ from vmamba.norm import LayerNorm, opaque, result_type
 PATHS = {nn.Identity, DropPath}
 
 
-def add_then_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+def add_branch_then_norm(
+    x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module | None
+) -> tuple[Tensor, Tensor]:
     """stream = x + drop_path(branch), and norm(stream): one pass over memory each way where a GPU computes both.
 
     Args:

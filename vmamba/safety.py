@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from vmamba.errors import UserError
 
 LOCK = ".vmamba.lock"
+PARTIAL = ".partial-"  # what the names of unfinished files begin with
 UNHARMED = "nothing that was there has been changed; what was finished is kept"
 SMALLER = "a smaller --batch-size or --patch, or --precision bf16-mixed needs less"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -21,7 +22,7 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # of the processes 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes the place of ``path`` in one step if the block ends well."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")  # the same ending: writers choose the format by it
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")  # the same ending: writers choose the format by it
     try:
         yield partial
         partial.replace(path)
@@ -51,9 +52,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 def refusals(folder: Path) -> Iterator[None]:
     """Turns an OSError of the system into a UserError that says what it was, about its file or else ``folder``.
 
-    A full GPU is told likewise.
-
-    Errors without a number are no answers of the system and pass.
+    So is a GPU without memory. An OSError without a number does not come from the system, and passes.
     """
     try:
         yield

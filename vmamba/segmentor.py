@@ -10,6 +10,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba.block import reset_parameters
 from vmamba.checkpoint import LoadReport, fit, load_checkpoint
 from vmamba.protocol import TimmModel
 from vmamba.pyramid import pyramid_of
@@ -57,12 +58,11 @@ class Segmentor(nn.Module):
 
     def init_weights(self, needs_reset: bool = False) -> None:
         """The initialisation of the original; with ``needs_reset`` every module starts afresh before."""
-        for module in self.modules():
-            if needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-        for module in self.modules():
-            if needs_reset and isinstance(module, TimmModel):  # an encoder
-                module.initialise()
+        if needs_reset:
+            reset_parameters(self)
+            for module in self.modules():
+                if isinstance(module, TimmModel):  # an encoder
+                    module.initialise()
         self.initialise()
 
     def prepare(self, x: Tensor) -> Tensor:

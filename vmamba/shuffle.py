@@ -71,7 +71,7 @@ class LayerShuffle(nn.Module):
 
     shuffle_probability: float
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         """What the layer makes of ``inputs``; in training perhaps in a random order, and put back.
 
         Raises:

@@ -26,11 +26,10 @@ def register_all() -> None:
 
 
 def _cfg(entry: Entry) -> dict:
-    size = entry.weights.input_size if entry.weights else 224
     return {
         "url": entry.weights.url if entry.weights else "",
         "num_classes": 1000,
-        "input_size": (3, size, size),
+        "input_size": (3, entry.input_size, entry.input_size),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.block import Conv2d
-from vmamba.kernels.routes import Table, table_of
-from vmamba.scans import Scan
+from vmamba.kernels.routes import Table
+from vmamba.scans import Scan, as_table
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
@@ -167,16 +167,6 @@ def visible_routes(order: Tensor, visible: Tensor) -> Tensor:
     routes = order.new_full((len(order), int(counts.max())), pixels)
     routes[torch.arange(routes.shape[1]) < counts[:, None]] = order[kept]
     return routes
-
-
-def as_table(order: Tensor, pixels: int, device: "torch.device | str", per_route: bool) -> Table:
-    """The table of routes (k, l) over ``pixels``; ``per_route`` as of :meth:`Scan.grid_table`."""
-    if per_route:  # slot k of pixel p is row p * k + slot
-        k = len(order)
-        order = torch.where(order == pixels, pixels * k, order * k + torch.arange(k)[:, None])
-        pixels *= k
-    table = table_of(order, pixels)
-    return table._replace(routes=table.routes.to(device), inverse=table.inverse.to(device))
 
 
 def leak(run: Callable[[Tensor], Sequence[Tensor]], sight: Sight, x: Tensor, cells: Tensor) -> float:

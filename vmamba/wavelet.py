@@ -55,9 +55,7 @@ class Wavelet:
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         for axis in (2, 1):
             even_odd = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
-            x = torch.stack(
-                _filtered(even_odd, self._analysis, axis), -1
-            )  # (b, h', w', c, 2), then (b, h', w', c, 2, 2)
+            x = torch.stack(_filtered(even_odd, self._analysis, axis), -1)  # (b, h, w', c, 2); (b, h', w', c, 2, 2)
         return x.flatten(-2)
 
     def synthesise(self, bands: Tensor, h: int, w: int) -> Tensor:

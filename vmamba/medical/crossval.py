@@ -11,6 +11,7 @@ from vmamba.medical.model_folder import ModelFolder, write_plain
 from vmamba.medical.postprocess import FILE, decide
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.runs import write_json
+from vmamba.medical.written import drop_masks
 from vmamba.safety import only_writer, replacing
 
 
@@ -30,18 +31,19 @@ def gather(model: ModelFolder, dataset: RawDataset, folds: Sequence[str], *, pro
                 raise UserError(f"{path}: this case was validated by {found[path.name].parent.parent.name} too")
             found[path.name] = path
     output = model.folder / f"crossval_results_folds_{'_'.join(folds)}"
-    truths = {f"{case.name}{dataset.ending}": case.label for case in dataset.cases()}
+    truths = {f"{case.name}{dataset.ending}": case.label for case in dataset.cases() if case.label is not None}
+    for name, path in found.items():
+        if name not in truths:
+            raise UserError(f"{path}: no such case in {dataset.folder}; was the fold trained on other data?")
     with only_writer(output):
         pairs = []
+        drop_masks(output)
         for name, path in sorted(found.items()):
             for source in (path, path.with_name(path.name.removesuffix(model.ending) + ".npz")):
                 if source.exists():
                     with replacing(output / source.name) as partial:
                         shutil.copyfile(source, partial)
-            truth = truths.get(name)
-            if truth is None:
-                raise UserError(f"{path}: no such case in {dataset.folder}; was the fold trained on other data?")
-            pairs.append((truth, output / name))
+            pairs.append((truths[name], output / name))
         summary = evaluate_pairs(pairs, dataset.labels, progress=progress)
         write_plain(output / "dataset.json", dataset.json)
         write_plain(output / FILE, decide(pairs, dataset.labels, progress))

@@ -13,6 +13,7 @@ from vmamba.medical.labelset import LabelSet, label_set
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.readers import write_mask
+from vmamba.medical.written import complete, npz, say_kept
 from vmamba.safety import only_writer
 
 AXIS = 2
@@ -36,10 +37,12 @@ def ensemble(folders: Sequence[Path], output: Path, *, keep: bool, overwrite: bo
             if not (folder / f"{name}.npz").is_file():
                 raise UserError(f"{folder / name}.npz: not there; predict with --save_probabilities")
     with only_writer(output):
+        kept = {m for m in masks.values() if not overwrite and complete(output / m.name, keep)}
+        sources = [folder / f"{name}.npz" for folder in folders for name in masks]
+        say_kept(output, [output / m.name for m in kept], len(masks), sources)
         for name, mask in tqdm(masks.items(), desc="ensemble", unit="case", disable=not progress):
-            target = output / mask.name
-            if overwrite or not target.exists():
-                _one([folder / f"{name}.npz" for folder in folders], mask, target, labels, keep)
+            if mask not in kept:
+                _one([folder / f"{name}.npz" for folder in folders], mask, output / mask.name, labels, keep)
         write_plain(output / "dataset.json", dataset)
     return [output / mask.name for mask in masks.values()]
 
@@ -55,6 +58,8 @@ def _one(files: Sequence[Path], like: Path, target: Path, labels: LabelSet, keep
     mean = total / len(files)
     if keep:
         save_probabilities(target, mean)
+    else:
+        npz(target).unlink(missing_ok=True)
     label = labels.label_map(mean)
     stack = np.moveaxis(label, AXIS, 0) if label.ndim == 3 else label[None]
     write_mask(target, stack, like, AXIS)

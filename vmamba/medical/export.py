@@ -12,6 +12,7 @@ from vmamba.medical.plan import Configuration
 from vmamba.medical.preprocess import Crop
 from vmamba.medical.resample import coarse_axis, resample_maps
 from vmamba.medical.volume import original_axes, write_label
+from vmamba.medical.written import npz
 from vmamba.safety import replacing
 
 
@@ -43,14 +44,18 @@ def _file_probabilities(
 
 
 def save_case(target: Path, probabilities: Tensor, labels: LabelSet, like: Path, *, keep: bool) -> None:
-    """Writes the mask, after NAME.npz with the probabilities if ``keep``: a mask says that its case is complete."""
+    """Writes the mask, after NAME.npz with the probabilities if ``keep``: a mask says that its case is complete.
+
+    Without ``keep`` the probabilities of an earlier mask go.
+    """
     if keep:
         save_probabilities(target, original_axes(probabilities.cpu().numpy(), like))
+    else:
+        npz(target).unlink(missing_ok=True)
     write_label(target, labels.label_map(probabilities), like)
 
 
 def save_probabilities(target: Path, probabilities: np.ndarray) -> None:
     """NAME.npz beside the mask ``target``, key ``probabilities``."""
-    name = target.name.removesuffix(".gz").rsplit(".", 1)[0]
-    with replacing(target.with_name(f"{name}.npz")) as partial:
+    with replacing(npz(target)) as partial:
         np.savez_compressed(partial, probabilities=probabilities)

@@ -16,6 +16,7 @@ from vmamba.medical.preprocess import Crop, preprocess_case
 from vmamba.medical.raw import channel_files
 from vmamba.medical.volume import read_volume
 from vmamba.medical.window import Window, volume_logits
+from vmamba.medical.written import complete, record, say_kept
 from vmamba.safety import only_writer
 
 
@@ -46,7 +47,10 @@ def load_folds(
 def predict_folder(
     source: Path, output: Path, model: ModelFolder, trained: Sequence[Trained], window: Window, wish: Wish
 ) -> list[Path]:
-    """Predicts NAME_0000.ext ... of ``source`` into ``output``/NAME.ext; existing masks stay unless ``overwrite``."""
+    """Predicts NAME_0000.ext ... of ``source`` into ``output``/NAME.ext; existing masks stay unless ``overwrite``.
+
+    A mask without the probabilities that are wanted counts as not there.
+    """
     if not 0 <= wish.part < wish.parts:
         raise UserError(
             f"-part_id {wish.part} of -num_parts {wish.parts}: expected a number from 0 to {wish.parts - 1}"
@@ -58,12 +62,15 @@ def predict_folder(
         raise UserError(f"{output}: is the folder of the images; give another output folder")
     targets = [output / f"{name}{model.ending}" for name, _ in groups]
     lock = output if wish.parts == 1 else output / f"part_{wish.part}"
+    files = [one.name for one in trained]
+    how = {"model": model.folder.name, "checkpoints": files, "mirroring": window.mirror, "step_size": window.step}
     with only_writer(lock):
         for name, data in (("plans.json", model.plans), ("dataset.json", model.dataset)):
             write_plain(output / name, data)
-        todo = [(files, t) for (_, files), t in zip(groups, targets, strict=True) if wish.overwrite or not t.exists()]
-        if len(todo) < len(groups):
-            print(f"{output}: {len(groups) - len(todo)} of {len(groups)} already predicted, kept")
+        kept = {t for t in targets if not wish.overwrite and complete(t, wish.probabilities)}
+        record(output, kept, how)
+        todo = [(files, t) for (_, files), t in zip(groups, targets, strict=True) if t not in kept]
+        say_kept(output, kept, len(targets), [one.source for one in trained])
         bar = tqdm(todo, desc="predict", unit="case", disable=not wish.progress)
         for (files, target), (data, crop) in zip(bar, _prepared(model, [files for files, _ in todo]), strict=True):
             logits = volume_logits(trained, torch.from_numpy(data), window)

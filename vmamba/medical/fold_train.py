@@ -23,7 +23,7 @@ from vmamba.medical.model_folder import ModelFolder, Trained, load_model, open_m
 from vmamba.medical.networks import build, raise_patch
 from vmamba.medical.patches import Draws, PatchData, Patches
 from vmamba.medical.plots import save_curves
-from vmamba.medical.preprocess import stored_cases
+from vmamba.medical.preprocess import check_rules, rules, stored_cases
 from vmamba.medical.pretrained import describe
 from vmamba.medical.quiet import quiet
 from vmamba.medical.raw import read_dataset_json
@@ -31,6 +31,7 @@ from vmamba.medical.runs import write_json
 from vmamba.medical.train import Hardware, build_trainer, fit
 from vmamba.medical.watch import Watch
 from vmamba.medical.window import Window, volume_logits
+from vmamba.medical.written import drop_masks
 from vmamba.safety import only_writer
 
 SHOWN = 10  # steps from one drawing of the bar to the next beside a GPU, which has to wait for it
@@ -56,6 +57,7 @@ def train_fold(
     folder = job.folder / f"fold_{fold}"
     final = folder / "checkpoint_final.pth"
     stored_cases(job.stored, [*train, *val])
+    check_rules(job.stored, [*train, *val], rules(job.plans, job.configuration))
     if after.validate_only and not final.exists():
         raise UserError(f"{final}: not there; train fold {fold} before --val")
     if folder.exists() and any(folder.glob("checkpoint_*")) and not (resume or overwrite or after.validate_only):
@@ -97,19 +99,13 @@ def _run(
         source = Path(settings.pretrained)
         print(describe(load_start(network, source), source))
     patch = raise_patch(network, tuple(settings.patch or c.patch))
-    batch = settings.batch_size or c.batch
-    wanted = [v for target in labels.targets for v in target]
-    train, val = (
-        Patches(stored_cases(job.stored, names), patch, Draws(batch, count, settings.seed + i), how, wanted)
-        for i, (names, count, how) in enumerate(
-            zip(cases, (settings.iterations, settings.val_iterations), (settings.augmentation, "none"), strict=True)
-        )
-    )
+    train, val = _patches(job, cases, patch, settings)
     module = FoldModule(network, labels, settings, c.batch_dice)
     module.captures = hardware.graphs
     if not again:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
+        drop_masks(folder / "validation")
     state = {
         "trainer_name": settings.trainer,
         "settings": settings.as_dict(),
@@ -119,7 +115,8 @@ def _run(
     }
     size = sum(p.numel() for p in network.parameters()) / 1e6
     print(f"{folder}: {settings.trainer}, {size:.2f} M parameters, {len(cases[0])} + {len(cases[1])} cases")
-    print(f"patches of {' x '.join(map(str, patch))}, batch {batch}, {settings.epochs} x {settings.iterations} steps")
+    steps = f"batch {train.draws.batch}, {settings.epochs} x {settings.iterations} steps"
+    print(f"patches of {' x '.join(map(str, patch))}, {steps}")
     watch, rows = Watch(settings.lr, settings.precision), MetricsFile(folder / "metrics.csv")
     callbacks = [watch, rows, Checkpoints(folder, state)]
     bar = [Bar(SHOWN if hardware.on_gpu else 1)] if hardware.progress else []
@@ -135,6 +132,18 @@ def _run(
     fit(trainer, module, PatchData(train, val, hardware.loaders), latest if again else None)
     save_curves(folder / "progress.png", read_metrics(folder / "metrics.csv"))
     latest.unlink(missing_ok=True)
+
+
+def _patches(
+    job: Job, cases: tuple[Sequence[str], Sequence[str]], patch: tuple[int, ...], settings: FoldSettings
+) -> list[Patches]:
+    """Those to train on and those to validate, of the two groups of ``cases``."""
+    batch, wanted = settings.batch_size or job.configuration.batch, [v for t in job.dataset.labels.targets for v in t]
+    parts = zip(cases, (settings.iterations, settings.val_iterations), (settings.augmentation, "none"), strict=True)
+    return [
+        Patches(stored_cases(job.stored, names), patch, Draws(batch, count, settings.seed + i), augmentation, wanted)
+        for i, (names, count, augmentation) in enumerate(parts)
+    ]
 
 
 class Checkpoints(Callback):
@@ -166,6 +175,7 @@ def _validate(
     trained.network.to(device)
     folder = checkpoint.parent / "validation"
     folder.mkdir(exist_ok=True)
+    drop_masks(folder, keep=names)
     cases = {case.name: case for case in job.dataset.cases()}
     window, start = Window(mirror=after.mirror, device=device), time.perf_counter()
     pairs = []

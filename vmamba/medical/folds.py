@@ -43,7 +43,7 @@ def fold_cases(path: Path, names: Sequence[str], fold: str) -> tuple[list[str], 
     """(training, validation) cases of fold ``all`` or a number; beyond the list 80 : 20, drawn from the number."""
     if fold == "all":
         return sorted(names), sorted(names)
-    if not fold.isdigit():
+    if not fold.isdecimal():
         raise UserError(f"fold {fold!r}: expected 0, 1, 2, 3, 4 or all")
     splits, number = read_splits(path, names), int(fold)
     if number < len(splits):

@@ -56,10 +56,8 @@ def choose(parts: Parts, settings: Settings, folder: Path) -> tuple[tuple[list[C
         if RECIPES[settings.recipe].best == "val_dice":
             advice = "--val-fraction 0.2 holds out scans of the training list"
             raise UserError(f"{folder}: has no validation list, and its test volumes must not choose; {advice}")
-        return (
-            parts["train"],
-            parts["test"],
-        ), "there is no list to validate: the test volumes are watched, choose nothing"
+        word = "there is no list to validate: the test volumes are watched, choose nothing"
+        return (parts["train"], parts["test"]), word
     scans = sorted({group(case.name) for case in parts["train"]})
     if len(scans) < 2:
         raise UserError(f"{folder}: the training list has slices of {scans[0]} only; nothing can be held out")

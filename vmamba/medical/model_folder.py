@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from vmamba.checkpoint import load_checkpoint
 from vmamba.errors import UserError
+from vmamba.inert import NUMPY
 from vmamba.medical.fold_module import FoldSettings
 from vmamba.medical.labelset import LabelSet, label_set
 from vmamba.medical.networks import OLDER, build, raise_patch
 from vmamba.medical.plan import Configuration, configuration
 from vmamba.medical.raw import read_dataset_json
 from vmamba.safety import replacing
-
-NUMBERS: list[Any] = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(t)) for t in "fdlqiB?")]  # pyright: ignore
 
 
 def folder_name(trainer: str, plans: str, config: str) -> str:
@@ -85,17 +83,23 @@ def save_model(path: Path, network: nn.Module, state: dict[str, Any]) -> None:
 
 @dataclass
 class Trained:
-    """A network with its weights, the size of its windows and the axes that it was mirrored along."""
+    """A network with its weights, the size of its windows, the axes that it was mirrored along, and its file."""
 
     network: nn.Module
     patch: tuple[int, ...]
     mirrored: tuple[int, ...]
+    source: Path = Path()
+
+    @property
+    def name(self) -> str:
+        """``fold_0/checkpoint_final.pth``"""
+        return "/".join(self.source.parts[-2:])
 
 
 def load_model(model: ModelFolder, path: Path, *, trust: bool = False) -> Trained:
     """The network of a checkpoint of this program or of a published trainer; runs no pickled code unless ``trust``."""
     try:
-        with torch.serialization.safe_globals(NUMBERS):
+        with torch.serialization.safe_globals([*NUMPY]):
             stored = torch.load(path, map_location="cpu", weights_only=not trust)
         trainer, weights = stored["trainer_name"], stored["network_weights"]
     except pickle.UnpicklingError as error:
@@ -109,7 +113,7 @@ def load_model(model: ModelFolder, path: Path, *, trust: bool = False) -> Traine
     network = _fill(model, weights, path, [settings.trainer, *filter(None, [OLDER.get(trainer)])], settings.network)
     patch = tuple(stored.get("patch") or raise_patch(network, model.configuration.patch))
     mirrored = stored.get("inference_allowed_mirroring_axes")
-    return Trained(network.eval(), patch, tuple(mirrored or ()))
+    return Trained(network.eval(), patch, tuple(mirrored or ()), path)
 
 
 def _fill(

@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2", "#999999")
 OPACITY = 0.65
+STRETCH = 0.5, 99.5  # percentiles that are shown black and white
 
 
 def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -63,7 +64,7 @@ def save_overlay(
     figure = Figure(figsize=(3 * len(columns), 3 * ratio * len(slices) + head), layout="constrained")
     grid = figure.subplots(len(slices), len(columns), squeeze=False)
     for row, (s, name) in zip(grid, slices.items(), strict=True):
-        grey = _shown(image[s])
+        grey = shown(image[s], *np.percentile(image[s], STRETCH))
         pictures = [grey, *(_blend(grey, mask[s]) for mask in masks.values())]
         for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(np.rot90(picture) if upright else picture, interpolation="nearest")
@@ -93,9 +94,8 @@ def _colour(k: int) -> str:
     return COLOURS[(k - 1) % len(COLOURS)]
 
 
-def _shown(image: np.ndarray) -> np.ndarray:
-    """(c, h, w) -> (h, w, 3) in [0, 1], stretched over its 0.5 to 99.5 percentiles."""
-    low, high = np.percentile(image, (0.5, 99.5))
+def shown(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(c, h, w) -> (h, w, 3), from ``low`` to ``high`` stretched over [0, 1]; three channels or the first as grey."""
     scaled = np.clip((image - low) / max(high - low, 1e-8), 0, 1)
     return np.moveaxis(scaled[:3] if len(scaled) >= 3 else np.repeat(scaled[:1], 3, 0), 0, -1)
 

@@ -15,6 +15,7 @@ from vmamba.medical.labelset import LabelSet, classes, label_set
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.readers import read_label, write_mask
+from vmamba.medical.written import say_kept
 from vmamba.safety import only_writer
 
 AXIS = 2
@@ -96,16 +97,21 @@ def read_steps(path: Path) -> list[list[int]]:
 
 
 def apply(folder: Path, output: Path, steps: Sequence[Sequence[int]], *, overwrite: bool, progress: bool) -> list[Path]:
-    """Every mask of ``folder`` through the steps into ``output``."""
+    """Every mask of ``folder`` through the steps into ``output``; UserError if it holds masks made by other steps."""
     masks = list_images(folder, LABELS)
     if not masks:
         raise UserError(f"{folder}: holds no predictions")
     if folder.resolve() == output.resolve():
         raise UserError(f"{output}: is the folder of the predictions; give another output folder")
     with only_writer(output):
-        write_plain(output / FILE, {"steps": [list(step) for step in steps]})
+        kept = {path for path in masks.values() if not overwrite and (output / path.name).exists()}
+        wanted = [list(step) for step in steps]
+        if kept and (output / FILE).exists() and read_steps(output / FILE) != wanted:
+            raise UserError(f"{output}: holds masks made by other steps; replace them with --overwrite")
+        say_kept(output, [output / path.name for path in kept], len(masks), masks.values())
+        write_plain(output / FILE, {"steps": wanted})
         for path in tqdm(masks.values(), desc="postprocess", unit="case", disable=not progress):
-            if overwrite or not (output / path.name).exists():
+            if path not in kept:
                 label = read_label(path, AXIS)
                 for step in steps:
                     label = keep_largest(label, step)

@@ -20,6 +20,7 @@ from vmamba.medical.readers import read_image, restore, write_mask
 from vmamba.medical.resize import RESIZERS, nearest
 from vmamba.medical.runs import load_checkpoint
 from vmamba.medical.transforms import normalise
+from vmamba.medical.written import complete, npz, say_kept
 from vmamba.safety import only_writer, replacing
 
 
@@ -83,10 +84,10 @@ def predict(
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder for the masks")
     with only_writer(output):
-        todo = [(c, t) for c, t in zip(cases, targets, strict=True) if to.overwrite or not t.exists()]
-        if len(todo) < len(cases):
-            kept = f"{len(cases) - len(todo)} of {len(cases)} already predicted, kept"
-            print(f"{output}: {kept} (--overwrite replaces them)")
+        kept = {t for t in targets if not to.overwrite and complete(t, to.probabilities)}
+        todo = [(c, t) for c, t in zip(cases, targets, strict=True) if t not in kept]
+        weights = checkpoint / "best.ckpt" if checkpoint.is_dir() else checkpoint
+        say_kept(output, kept, len(targets), [weights])
         for case, target in tqdm(todo, desc="predict", unit="case", disable=not to.progress):
             _one(predictor, case, target, to)
     return targets
@@ -104,8 +105,10 @@ def _one(predictor: Predictor, case: Case, target: Path, to: Output) -> None:
     name = target.name[: -len(_ending(case))]
     if to.probabilities:
         whole = restore(probabilities, case.images[0], spec.axis)
-        with replacing(target.with_name(f"{name}.npz")) as partial:
+        with replacing(npz(target)) as partial:
             np.savez_compressed(partial, probabilities=whole)
+    else:
+        npz(target).unlink(missing_ok=True)
     if to.overlay:
         overlay = target.parent / "overlays" / f"{name}.png"
         overlay.parent.mkdir(exist_ok=True)

@@ -94,19 +94,50 @@ NORMALISATIONS = {
 def preprocess(
     dataset: RawDataset, plans: dict[str, Any], c: Configuration, folder: Path, *, overwrite: bool, progress: bool
 ) -> list[str]:
-    """Every training case into ``folder``; finished ones are kept unless ``overwrite``. Returns their names."""
-    cases = dataset.cases()
+    """Every training case into ``folder``; those made of the same files by the same rules stay unless ``overwrite``.
+
+    Returns their names.
+    """
+    cases, how = dataset.cases(), rules(plans, c)
     with only_writer(folder):
         for case in tqdm(cases, desc=f"preprocess {c.name}", unit="case", disable=not progress):
-            if overwrite or not (folder / f"{case.name}.json").exists():
+            made = {"how": how, "files": _files([*case.images, *filter(None, [case.label])])}
+            if overwrite or _made(folder, case.name) != made:
                 data, label, crop = preprocess_case(*read_case(case, len(dataset.channels), dataset.labels), plans, c)
                 assert label is not None
-                store(folder, case.name, data, label, crop)
+                store(folder, case.name, data, label, crop, made)
     return [case.name for case in cases]
 
 
-def store(folder: Path, name: str, data: np.ndarray, label: np.ndarray, crop: Crop) -> None:
-    """Writes a preprocessed case; the .json comes last: a case that has it is complete."""
+def rules(plans: dict[str, Any], c: Configuration) -> dict[str, Any]:
+    """What decides how a case is preprocessed, as JSON gives it back."""
+    properties = plans["foreground_intensity_properties_per_channel"]
+    used = [properties[str(i)] if scheme == "CTNormalization" else None for i, scheme in enumerate(c.schemes)]
+    how = {"axes": plans["transpose_forward"], "spacing": c.spacing, "schemes": c.schemes, "masked": c.masked}
+    return json.loads(json.dumps({**how, "properties": used}))
+
+
+def _files(paths: Sequence[Path]) -> list[list[Any]]:
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _made(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("made") if path.exists() else None
+
+
+def check_rules(folder: Path, names: Sequence[str], how: dict[str, Any]) -> None:
+    """UserError for a case that was preprocessed by other plans than these."""
+    for name in names:
+        made = _made(folder, name)
+        if made and made["how"] != how:
+            raise UserError(f"{folder}: {name} was preprocessed by other plans; run vmamba medseg preprocess again")
+
+
+def store(
+    folder: Path, name: str, data: np.ndarray, label: np.ndarray, crop: Crop, made: dict[str, Any] | None = None
+) -> None:
+    """Writes a preprocessed case and what it was ``made`` of; the .json comes last: a case that has it is complete."""
     (folder / f"{name}.json").unlink(missing_ok=True)
     for path, array in ((folder / f"{name}.npy", data), (folder / f"{name}_seg.npy", label)):
         with replacing(path) as partial:
@@ -114,7 +145,7 @@ def store(folder: Path, name: str, data: np.ndarray, label: np.ndarray, crop: Cr
     with replacing(folder / f"{name}_places.npz") as partial:
         np.savez(partial, **_places(label))  # pyright: ignore[reportArgumentType]
     with replacing(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps(asdict(crop)))
+        partial.write_text(json.dumps({**asdict(crop), "made": made}), encoding="utf-8")
 
 
 def _places(label: np.ndarray) -> dict[str, np.ndarray]:
@@ -146,7 +177,7 @@ class Stored:
     @property
     def crop(self) -> Crop:
         """Where it lies in its file."""
-        stored = json.loads((self.folder / f"{self.name}.json").read_text())
+        stored = json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
         box = tuple((a, b) for a, b in stored["box"])
         return Crop(tuple(stored["whole"]), box, tuple(stored["spacing"]))
 

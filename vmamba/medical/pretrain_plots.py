@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from vmamba.medical.plots import STRETCH, shown
+
 Turn = Callable[[np.ndarray], np.ndarray]  # (h, w, 3) as it lies in memory -> as it is looked at
 HIDDEN = 0.35  # grey of hidden cells
 
@@ -37,17 +39,11 @@ def save_rebuilt(path: Path, image: np.ndarray, mask: np.ndarray, rebuilt: np.nd
     height, width = turn(np.zeros((*image.shape[2:], 3))).shape[:2]
     figure = Figure(figsize=(9, 3 * height / width * len(image) + 0.4), layout="constrained")
     for i, row in enumerate(figure.subplots(len(image), 3, squeeze=False)):
-        low, high = np.percentile(image[i], (0.5, 99.5))
-        whole, made = (_shown(x[i], low, high) for x in (image, rebuilt))
+        low, high = np.percentile(image[i], STRETCH)
+        whole, made = (shown(x[i], low, high) for x in (image, rebuilt))
         pictures = whole, np.where(mask[i][..., None], whole, HIDDEN), made
         for axes, picture, title in zip(row, pictures, columns, strict=True):
             axes.imshow(turn(picture), interpolation="nearest")
             axes.set(xticks=[], yticks=[], title=title if i == 0 else "")
             axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=80)
-
-
-def _shown(image: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(c, h, w) -> (h, w, 3) in [0, 1]"""
-    scaled = np.clip((image - low) / max(high - low, 1e-8), 0, 1)
-    return np.moveaxis(scaled[:3] if len(scaled) >= 3 else np.repeat(scaled[:1], 3, 0), 0, -1)

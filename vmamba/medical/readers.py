@@ -3,7 +3,6 @@
 A NIfTI volume (x, y, z[, c]), or an array (h, w, d), is cut along ``axis``; a 2D image is a stack of one slice.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from vmamba.errors import UserError
 from vmamba.medical import itk
 from vmamba.medical.arrays import AFFINE, read_array, unreadable
 from vmamba.medical.cases import is_array, is_deep, is_volume
+from vmamba.safety import replacing
 
 _AS_RGB = {"P": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "PA": "RGB"}
 
@@ -73,10 +73,9 @@ def check_affine(path: Path, first: Path) -> None:
 
 
 def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
-    """Writes ``mask`` (s, h, w) as uint8 (uint16 above 255) in the geometry of the input ``like``, atomically."""
+    """Writes ``mask`` (s, h, w) as uint8 (uint16 above 255) in the geometry of ``like``, whole or not at all."""
     data = mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
+    with replacing(path) as partial:
         if is_volume(like):
             source = load_header(like)
             full = restore(data, like, axis)
@@ -95,9 +94,6 @@ def write_mask(path: Path, mask: np.ndarray, like: Path, axis: int) -> None:
             nibabel.save(image, partial)
         else:
             Image.fromarray(data[0]).save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_affine(path: Path) -> np.ndarray:

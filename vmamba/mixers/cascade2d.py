@@ -20,7 +20,8 @@ class Cascade2D(SelectiveMixer):
     Args:
         dim: channels c.
         scan: the order within a row or column, on maps of one pixel's height; k routes for each of the two passes.
-        **selective: ``state``, ``expand``, ``rank`` of :class:`SelectiveMixer`, and those of its :class:`GatedMixer`.
+        **selective: ``state``, ``expand``, ``rank`` of :class:`SelectiveMixer`, and all that it passes on to
+            :class:`vmamba.mixers.gated.GatedMixer`.
     """
 
     def __init__(self, dim: int, *, scan: "str | Callable" = "bidirectional", **selective):

@@ -27,6 +27,7 @@ class GatedMixer(Narrowed):
         act: activation after the convolution.
         norm: builds the output norm, ``norm(d, device=..., dtype=...)``, on channels-last maps.
         linear: builds the projections in and out, ``linear(from, to, device=..., dtype=...)``; each has a ``weight``.
+        device, dtype: of the parameters.
     """
 
     def __init__(

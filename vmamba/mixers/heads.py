@@ -1,4 +1,4 @@
-"""What the mixers with heads share: dividing channels into heads, and the initial step sizes."""
+"""What mixers share: dividing channels into heads, and the initial step sizes of Mamba."""
 
 import math
 

@@ -49,6 +49,10 @@ def check_length(length: int, limit: int) -> None:
 class Conv1d(nn.Conv1d):
     """A depthwise convolution along tokens that sees as far ahead as back, (b, l, c) -> (b, l, c).
 
+    Args:
+        channels: c. size: odd width of the filter.
+        device, dtype: of the parameters.
+
     Raises:
         ValueError: the size is even.
     """

@@ -44,7 +44,8 @@ class MS2D(SelectiveMixer):
         route_norm: builds a norm of each scan's steps before a pixel's visits are summed, ``route_norm(d, device=...,
             dtype=...)``, shared by the branches; None for none.
         resize: ``resize(map, size=(h, w))`` on maps (b, d, h', w').
-        **gated: ``gate``, ``norm`` (of the sum), ``device``, ``dtype`` of :class:`vmamba.mixers.gated.GatedMixer`.
+        **gated: ``gate``, ``norm`` (of the sum), ``linear``, ``device``, ``dtype`` of
+            :class:`vmamba.mixers.gated.GatedMixer`.
     """
 
     def __init__(

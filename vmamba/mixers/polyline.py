@@ -4,7 +4,6 @@ The paper multiplies the mask with the attention weights; the published networks
 logits. What decays how fast is a linear function of the pixel; the mask itself is in ``vmamba.kernels.polyline_mask``.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.block import Conv2d
 from vmamba.kernels.polyline_mask import log_masks, segment_sums
+from vmamba.mixers.heads import init_step_bias
 
 WHOLE = 1024**2  # products of queries and keys that `full` holds at a time, per head: all of a map of 32 x 32
 
@@ -102,9 +102,8 @@ class PolylineAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """A uniform in [1, 1.1], delta log-uniform in [1e-3, 0.1]."""
+        init_step_bias(self.dt_bias)
         with torch.no_grad():
-            delta = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-            self.dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
             self.A_log.uniform_(1, 1.1).log_()
 
     def log_decays(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from vmamba.kernels.scan2d import scan2d
 from vmamba.kernels.selective_scan import route_scan
 from vmamba.mixers.gated import GatedMixer
+from vmamba.mixers.heads import init_step_bias
 from vmamba.scans import Scan
 
 EVERY = slice(None)
@@ -34,9 +35,7 @@ class SelectiveScans(nn.Module):
             for route in self.x_proj:
                 nn.init.kaiming_uniform_(route, a=math.sqrt(5))
             nn.init.uniform_(self.dt_proj, -(self.rank**-0.5), self.rank**-0.5)
-            low, high = math.log(1e-3), math.log(0.1)
-            delta = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=1e-4)
-            self.dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+            init_step_bias(self.dt_bias)
             self.A_log.copy_(torch.arange(1, self.state + 1, device=self.A_log.device).log())
             self.D.fill_(1)
 
@@ -92,7 +91,8 @@ class SelectiveMixer(SelectiveScans, GatedMixer):
         state: states n per channel.
         expand: d / c.
         rank: rank r of the projection that delta goes through; ceil(c / 16) by default.
-        **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``device``, ``dtype`` of :class:`GatedMixer`.
+        **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``linear``, ``device``, ``dtype`` of
+            :class:`GatedMixer`.
     """
 
     def __init__(

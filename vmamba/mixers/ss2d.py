@@ -21,7 +21,7 @@ class SS2D(SelectiveMixer):
         expand: d / c.
         rank: rank r of the projection that delta goes through; ceil(c / 16) by default.
         scan: a scan's name, ``"package.module"``, or a function ``routes(h, w) -> (k, l)``.
-        **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``device``, ``dtype`` of
+        **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``linear``, ``device``, ``dtype`` of
             :class:`vmamba.mixers.gated.GatedMixer`.
     """
 

@@ -23,7 +23,8 @@ class SSD2D(GatedMixer):
         expand: d / c.
         heads: heads that the d channels divide into; ceil(c / 16) by default.
         scan: a scan's name, ``"package.module"``, or a function ``routes(h, w) -> (k, l)``.
-        **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``device``, ``dtype`` of :class:`GatedMixer`.
+        **gated: ``conv``, ``conv_bias``, ``gate``, ``act``, ``norm``, ``linear``, ``device``, ``dtype`` of
+            :class:`GatedMixer`.
 
     Raises:
         ValueError: d is not a multiple of the number of heads.

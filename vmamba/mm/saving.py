@@ -14,9 +14,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from vmamba.errors import UserError
+from vmamba.safety import PARTIAL, replacing
 
 BACKEND = "whole_files"
-PARTIAL = ".partial-"
 POINTER = "last_checkpoint"  # mmengine's file with the path of the newest checkpoint
 
 
@@ -33,17 +33,12 @@ class WholeFiles(LocalBackend):
             UserError: it cannot be written; what was there is as it was.
         """
         path = Path(filepath)
-        partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("wb") as file:
-                    file.write(obj)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(path) as partial, partial.open("wb") as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(
                 f"{path}: the checkpoint cannot be written ({error.strerror or error}); "
