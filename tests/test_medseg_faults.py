@@ -319,7 +319,16 @@ def test_processes_of_one_training_share_its_folder(tmp_path, monkeypatch, name)
             pass
 
 
-def test_dry_runs_print_the_plan_and_write_nothing(root, capsys):
+@pytest.fixture
+def without_splits(root):
+    (splits,) = root.glob("nnUNet_preprocessed/*/splits_final.json")
+    stored = splits.read_bytes()
+    splits.unlink()
+    yield
+    splits.write_bytes(stored)
+
+
+def test_dry_runs_print_the_plan_and_write_nothing(root, capsys, without_splits):
     before, place = snapshot(root), ["--root", root]
     assert call("plan", "-d", 7, *place, "--dry-run", QUIET) == 0
     small = capsys.readouterr().out

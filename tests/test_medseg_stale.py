@@ -110,3 +110,20 @@ def test_cases_are_preprocessed_again_when_files_or_plans_change(tmp_path):
     train = ["train", 7, "2d", 0, "--root", tmp_path, *FLAT, *SHORT]
     rejected(lambda: run(*train), cases, "other plans", "preprocess")
     assert run(*prepare) == 0 and np.load(cases / "fäll_1.npy").shape[2:] < shape[2:]
+
+
+def test_cases_at_a_time(tmp_path):
+    """The same files whatever ``-np`` is; a broken case ends it, and those that are finished stay."""
+    raw = dataset(tmp_path)
+    place = ["-d", 7, "--root", tmp_path, QUIET]
+    assert run("plan", *place, "--verify_dataset_integrity") == 0
+    cases = tmp_path / "nnUNet_preprocessed/Dataset007_Bälle/vmamba_nnUNetPlans_2d"
+    made = []
+    for count in (1, 3):
+        assert run("preprocess", "-c", "2d", "-np", count, "--overwrite", *place) == 0
+        made.append({path.name: path.read_bytes() for path in cases.glob("*.npy")})
+    assert made[0] == made[1] and len(made[0]) == 2 * len(list((raw / "labelsTr").iterdir()))
+    (raw / "imagesTr/fäll_1_0000.nii.gz").write_bytes(b"broken")
+    rejected(lambda: run("preprocess", "-c", "2d", "-np", 3, *place), "fäll_1_0000.nii.gz")
+    assert {path.name: path.read_bytes() for path in cases.glob("*.npy")} == made[0]
+    rejected(lambda: run("preprocess", "-np", 0, *place), "-np 0", "at least 1")

@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vmamba.errors import UserError
 from vmamba.tools.medseg import add_places, command
 
 PLAN = "example:\n  vmamba medseg plan -d 900 --root demo"
 PREPROCESS = "example:\n  vmamba medseg preprocess -d 900 -c 2d 3d_fullres --root demo"
+AT_ONCE = 4  # cases
 DEMO = "example:\n  vmamba medseg demo-data demo"
 
 
@@ -24,12 +26,16 @@ def add_commands(commands: Any) -> None:
     plan = command(commands, "plan", "check every case, write fingerprint and plans", PLAN, run_plan)
     _add_dataset(plan)
     plan.add_argument("-gpu_memory_target", type=float, default=8.0, metavar="GB", help="to plan for (default 8)")
+    checked = "cases are always checked, as nnU-Net does under this option"
+    plan.add_argument("--verify_dataset_integrity", action="store_true", help=checked)
     plan.add_argument("--dry-run", action="store_true", help="print the plans, write nothing")
     plan.add_argument("--overwrite", action="store_true", help="replace existing plans")
 
     prepare = command(commands, "preprocess", "crop, normalise and resample every case", PREPROCESS, run_preprocess)
     _add_dataset(prepare)
     prepare.add_argument("-c", nargs="+", metavar="CONFIG", help="configurations (default: 2d and 3d_fullres)")
+    threads = f"cases worked on at a time (default: the CPUs, at most {AT_ONCE}); each takes memory"
+    prepare.add_argument("-np", type=int, metavar="N", help=threads)
     prepare.add_argument("--overwrite", action="store_true", help="again, also cases that are up to date")
 
 
@@ -69,16 +75,18 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_preprocess(args: argparse.Namespace) -> int:
     """vmamba medseg preprocess"""
+    from vmamba.machine import cpus
     from vmamba.medical.jobs import open_plans
     from vmamba.medical.preprocess import preprocess
     from vmamba.medical.raw import Places
 
+    threads = min(cpus(), AT_ONCE) if args.np is None else args.np
+    if threads < 1:
+        raise UserError(f"-np {threads}: expected at least 1")
     places = Places.find(args.root)
+    options = {"overwrite": args.overwrite, "progress": not args.no_progress, "threads": threads}
     for which in args.d:
         for job in open_plans(places, which, args.c, args.p):
-            again, progress = args.overwrite, not args.no_progress
-            names = preprocess(
-                job.dataset, job.plans, job.configuration, job.stored, overwrite=again, progress=progress
-            )
+            names = preprocess(job.dataset, job.plans, job.configuration, job.stored, **options)
             print(f"{job.stored}: {len(names)} case(s)")
     return 0

@@ -1,5 +1,6 @@
 """On what a figure was measured: the device, and the versions of what runs on it."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -55,3 +56,8 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

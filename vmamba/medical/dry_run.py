@@ -42,7 +42,7 @@ def describe_fold(job: Job, fold: str, settings: FoldSettings) -> str:
     """The plan of one fold of a data set in nnU-Net's layout; nothing is written."""
     c = job.configuration
     names = [case.name for case in job.dataset.cases()]
-    train, val = fold_cases(job.preprocessed / "splits_final.json", names, fold)
+    train, val = fold_cases(job.preprocessed / "splits_final.json", names, fold, write=False)
     with torch.device("meta"):
         network = build(settings.trainer, c, len(job.dataset.channels), job.dataset.labels.outputs, settings.network)
     patch = raise_patch(network, tuple(settings.patch or c.patch))

@@ -14,12 +14,13 @@ SEED = 12345
 FOLDS = 5
 
 
-def read_splits(path: Path, names: Sequence[str]) -> list[dict[str, list[str]]]:
-    """The splits in ``path``, made first (5 folds, nnU-Net's seed) if it is not there; UserError if wrong."""
+def read_splits(path: Path, names: Sequence[str], *, write: bool = True) -> list[dict[str, list[str]]]:
+    """The splits in ``path``; if it is not there, 5 folds by nnU-Net's seed, which are written. UserError if wrong."""
     if not path.exists():
         splits = make_splits(sorted(names))
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(splits, indent=4, ensure_ascii=False), encoding="utf-8")
+        if write:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(splits, indent=4, ensure_ascii=False), encoding="utf-8")
         return splits
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
@@ -39,13 +40,16 @@ def make_splits(names: list[str]) -> list[dict[str, list[str]]]:
     return [{"train": [names[i] for i in a], "val": [names[i] for i in b]} for a, b in folds]
 
 
-def fold_cases(path: Path, names: Sequence[str], fold: str) -> tuple[list[str], list[str]]:
-    """(training, validation) cases of fold ``all`` or a number; beyond the list 80 : 20, drawn from the number."""
+def fold_cases(path: Path, names: Sequence[str], fold: str, *, write: bool = True) -> tuple[list[str], list[str]]:
+    """(training, validation) cases of fold ``all`` or a number; beyond the list 80 : 20, drawn from the number.
+
+    Without ``write`` a list that is not there is not written either.
+    """
     if fold == "all":
         return sorted(names), sorted(names)
     if not fold.isdecimal():
         raise UserError(f"fold {fold!r}: expected 0, 1, 2, 3, 4 or all")
-    splits, number = read_splits(path, names), int(fold)
+    splits, number = read_splits(path, names, write=write), int(fold)
     if number < len(splits):
         return splits[number]["train"], splits[number]["val"]
     if len(names) < 2:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vmamba.errors import UserError
+from vmamba.medical.cases import Case
 from vmamba.medical.fingerprint import inside
 from vmamba.medical.plan import Configuration
 from vmamba.medical.raw import RawDataset
@@ -92,20 +94,36 @@ NORMALISATIONS = {
 
 
 def preprocess(
-    dataset: RawDataset, plans: dict[str, Any], c: Configuration, folder: Path, *, overwrite: bool, progress: bool
+    dataset: RawDataset,
+    plans: dict[str, Any],
+    c: Configuration,
+    folder: Path,
+    *,
+    overwrite: bool,
+    progress: bool,
+    threads: int = 1,
 ) -> list[str]:
     """Every training case into ``folder``; those made of the same files by the same rules stay unless ``overwrite``.
 
-    Returns their names.
+    ``threads`` cases are worked on at a time. Returns the names of all.
     """
     cases, how = dataset.cases(), rules(plans, c)
-    with only_writer(folder):
-        for case in tqdm(cases, desc=f"preprocess {c.name}", unit="case", disable=not progress):
-            made = {"how": how, "files": _files([*case.images, *filter(None, [case.label])])}
-            if overwrite or _made(folder, case.name) != made:
-                data, label, crop = preprocess_case(*read_case(case, len(dataset.channels), dataset.labels), plans, c)
-                assert label is not None
-                store(folder, case.name, data, label, crop, made)
+
+    def make(case: Case) -> None:
+        made = {"how": how, "files": _files([*case.images, *filter(None, [case.label])])}
+        if overwrite or _made(folder, case.name) != made:
+            data, label, crop = preprocess_case(*read_case(case, len(dataset.channels), dataset.labels), plans, c)
+            assert label is not None
+            store(folder, case.name, data, label, crop, made)
+
+    with only_writer(folder), ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(make, case) for case in cases]
+        try:
+            done = as_completed(waiting)
+            for one in tqdm(done, desc=f"preprocess {c.name}", total=len(cases), unit="case", disable=not progress):
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [case.name for case in cases]
 
 

@@ -1,6 +1,5 @@
 """Training: Lightning's loop over the prepared slices, and the run folder it leaves behind."""
 
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from vmamba.errors import UserError
+from vmamba.machine import cpus
 from vmamba.medical import mri
 from vmamba.medical.callbacks import Bar, Budget, Keep, MetricsFile, read_metrics
 from vmamba.medical.data import SliceData
@@ -58,8 +58,7 @@ class Hardware:
         """``workers``, decided."""
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(LOADERS, cores // torch.cuda.device_count()) if self.on_gpu else 0
+        return min(LOADERS, cpus() // torch.cuda.device_count()) if self.on_gpu else 0
 
 
 class Interrupted(Exception):
