@@ -90,6 +90,21 @@ def test_validation_holds_this_split_and_this_network_only(root):
         splits.write_text(json.dumps(before))
 
 
+def test_folds_of_one_model_have_one_plan(root):
+    path = root / "nnUNet_preprocessed/Dataset007_Bälle/nnUNetPlans.json"
+    before = path.read_text()
+    plans = json.loads(before)
+    plans["configurations"]["2d"]["batch_size"] += 1
+    train = ["train", 7, "2d", "--root", root, *FLAT, *SHORT, "--dry-run"]
+    try:
+        path.write_text(json.dumps(plans))
+        rejected(lambda: run(*train[:3], 1, *train[3:]), results(root), "fold_0", "other plans")
+        rejected(lambda: run(*train[:3], 0, *train[3:], "--resume"), results(root), "fold_0", "other plans")
+        assert run(*train[:3], 0, 1, *train[3:]) == 0  # all of the folds that are there are trained anew
+    finally:
+        path.write_text(before)
+
+
 def test_cases_are_preprocessed_again_when_files_or_plans_change(tmp_path):
     raw = dataset(tmp_path)
     place = ["--root", tmp_path, QUIET]

@@ -98,7 +98,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _dataset(args: argparse.Namespace, network: dict[str, Any], hardware: Any) -> int:
-    from vmamba.medical.checks import check_fold, check_preset
+    from vmamba.medical.checks import check_fold, check_plans, check_preset
     from vmamba.medical.crossval import gather
     from vmamba.medical.dry_run import describe_fold
     from vmamba.medical.evaluate import table
@@ -115,6 +115,7 @@ def _dataset(args: argparse.Namespace, network: dict[str, Any], hardware: Any) -
     settings = FoldSettings(**{**given, "trainer": args.tr, "network": options})
     job = open_job(Places.find(args.root), args.dataset, args.configuration, args.tr, args.p)
     check_fold(settings, job.configuration)
+    check_plans(job, () if args.resume or args.val else args.folds)
     if args.dry_run:
         return _say(describe_fold(job, fold, settings) for fold in args.folds)
     after = After(args.npz, args.val_best, args.val, not args.disable_tta)

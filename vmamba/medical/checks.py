@@ -1,13 +1,16 @@
 """Settings that cannot work, said before anything is read or written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from vmamba.errors import UserError
 from vmamba.medical.fold_module import OPTIMISERS, FoldSettings
+from vmamba.medical.jobs import Job
 from vmamba.medical.networks import TRAINERS, network_name
 from vmamba.medical.patches import AUGMENTATIONS as FOLD_AUGMENTATIONS
-from vmamba.medical.plan import Configuration
+from vmamba.medical.plan import Configuration, configuration
+from vmamba.medical.preprocess import rules
+from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.recipes import RECIPES
 from vmamba.medical.spec import PRESETS, Settings
 from vmamba.medical.transforms import AUGMENTATIONS, NORMALISATIONS
@@ -66,3 +69,17 @@ def check_fold(settings: FoldSettings, c: Configuration) -> None:
     if settings.patch and (len(settings.patch) != c.axes or min(settings.patch) < 1):
         raise UserError(f"--patch {' '.join(map(str, settings.patch))}: {c.name} needs {c.axes} sides")
     network_name(settings.trainer, c.axes)
+
+
+def check_plans(job: Job, replaced: Collection[str]) -> None:
+    """UserError if folds other than those to be ``replaced`` were trained by plans that differ from today's."""
+    path, name = job.folder / "plans.json", job.configuration.name
+    trained = {file.parent.name for file in job.folder.glob("fold_*/checkpoint_*")}
+    others = sorted(trained - {f"fold_{fold}" for fold in replaced})
+    if not others or not path.exists():
+        return
+    plans = read_dataset_json(path)
+    before = configuration(plans, name, str(path))
+    if (before, rules(plans, before)) != (job.configuration, rules(job.plans, job.configuration)):
+        advice = "remove these folds, or name the new plans otherwise (-p of plan, preprocess and train)"
+        raise UserError(f"{job.folder}: {', '.join(others)} trained by other plans than these are now; {advice}")
