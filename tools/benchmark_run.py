@@ -15,8 +15,6 @@ from vmamba.machine import machine
 from vmamba.tools import benchmark_anchors, benchmark_models, benchmark_operators, benchmark_table
 from vmamba.tools.benchmark_results import Results
 
-Recorded = Callable[[Sequence[Row], str], list[Row]]
-
 
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device asked for, or a GPU if there is one; checks what else depends on it.

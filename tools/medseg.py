@@ -64,9 +64,6 @@ def add_places(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that name a trained or planned configuration, in nnU-Net's words."""
-    parser.add_argument(
-        "-tr",
-        default="nnUNetTrainerUMambaBot",
-        help="trainer (default nnUNetTrainerUMambaBot), or network of vmamba list",
-    )
+    text = "trainer (default %(default)s), or network of vmamba list"
+    parser.add_argument("-tr", default="nnUNetTrainerUMambaBot", help=text)
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="name of the plans (default nnUNetPlans)")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmamba.errors import UserError
+from vmamba.machine import cpus
 
 PACKAGE = "onedl-mmcv"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -101,7 +102,7 @@ def _build(version: str, constraints: Path, scratch: Path) -> Path:
 
 def _jobs() -> int:
     """Compilers that run at once: one for each core, as far as 2 GiB of memory for each go."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpus()
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):

@@ -11,7 +11,7 @@ from vmamba.medical.model_folder import ModelFolder, write_plain
 from vmamba.medical.postprocess import FILE, decide
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.runs import write_json
-from vmamba.medical.written import drop_masks
+from vmamba.medical.written import drop_masks, npz
 from vmamba.safety import only_writer, replacing
 
 
@@ -39,7 +39,7 @@ def gather(model: ModelFolder, dataset: RawDataset, folds: Sequence[str], *, pro
         pairs = []
         drop_masks(output)
         for name, path in sorted(found.items()):
-            for source in (path, path.with_name(path.name.removesuffix(model.ending) + ".npz")):
+            for source in (path, npz(path)):
                 if source.exists():
                     with replacing(output / source.name) as partial:
                         shutil.copyfile(source, partial)

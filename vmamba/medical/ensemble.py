@@ -8,12 +8,11 @@ from tqdm import tqdm
 
 from vmamba.errors import UserError
 from vmamba.medical.cases import LABELS, list_images
-from vmamba.medical.export import save_probabilities
 from vmamba.medical.labelset import LabelSet, label_set
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.readers import write_mask
-from vmamba.medical.written import complete, npz, say_kept
+from vmamba.medical.written import complete, save_probabilities, say_kept
 from vmamba.safety import only_writer
 
 AXIS = 2
@@ -56,10 +55,7 @@ def _one(files: Sequence[Path], like: Path, target: Path, labels: LabelSet, keep
         total = maps if total is None else total + maps
     assert total is not None
     mean = total / len(files)
-    if keep:
-        save_probabilities(target, mean)
-    else:
-        npz(target).unlink(missing_ok=True)
+    save_probabilities(target, mean if keep else None)
     label = labels.label_map(mean)
     stack = np.moveaxis(label, AXIS, 0) if label.ndim == 3 else label[None]
     write_mask(target, stack, like, AXIS)

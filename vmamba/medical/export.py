@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +11,7 @@ from vmamba.medical.plan import Configuration
 from vmamba.medical.preprocess import Crop
 from vmamba.medical.resample import coarse_axis, resample_maps
 from vmamba.medical.volume import original_axes, write_label
-from vmamba.medical.written import npz
-from vmamba.safety import replacing
+from vmamba.medical.written import save_probabilities
 
 
 def file_probabilities(logits: Tensor, crop: Crop, labels: LabelSet, plans: dict[str, Any], c: Configuration) -> Tensor:
@@ -48,14 +46,5 @@ def save_case(target: Path, probabilities: Tensor, labels: LabelSet, like: Path,
 
     Without ``keep`` the probabilities of an earlier mask go.
     """
-    if keep:
-        save_probabilities(target, original_axes(probabilities.cpu().numpy(), like))
-    else:
-        npz(target).unlink(missing_ok=True)
+    save_probabilities(target, original_axes(probabilities.cpu().numpy(), like) if keep else None)
     write_label(target, labels.label_map(probabilities), like)
-
-
-def save_probabilities(target: Path, probabilities: np.ndarray) -> None:
-    """NAME.npz beside the mask ``target``, key ``probabilities``."""
-    with replacing(npz(target)) as partial:
-        np.savez_compressed(partial, probabilities=probabilities)

@@ -19,6 +19,7 @@ from vmamba.medical.model_folder import ModelFolder, open_model, write_plain
 from vmamba.medical.postprocess import FILE, decide
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.runs import read_json, write_json
+from vmamba.medical.written import npz
 from vmamba.safety import only_writer, replacing
 
 INFORMATION, INSTRUCTIONS = "inference_information.json", "inference_instructions.txt"
@@ -109,7 +110,7 @@ def _pair(
     name = "___".join(["ensemble", *(model.folder.name for model in models), "_".join(folds)])
     folder = results / "ensembles" / name
     for part in (one.folder, two.folder):
-        lost = [path.name for path in part.glob(f"*{dataset.ending}") if not _probabilities(path, dataset).exists()]
+        lost = [path.name for path in part.glob(f"*{dataset.ending}") if not npz(path).exists()]
         if lost:
             advice = "train with --npz (or --val --npz), or compare with --disable_ensembling"
             raise UserError(f"{part}: the probabilities of {lost[0]} were not kept; {advice}")
@@ -119,10 +120,6 @@ def _pair(
         write_json(folder / "summary.json", summary)
         write_csv(folder / "summary.csv", summary)
     return Candidate(models, folder, summary["foreground_mean"]["Dice"])
-
-
-def _probabilities(mask: Path, dataset: RawDataset) -> Path:
-    return mask.with_name(mask.name.removesuffix(dataset.ending) + ".npz")
 
 
 def _truths(dataset: RawDataset, masks: Sequence[Path]) -> list[tuple[Path, Path]]:

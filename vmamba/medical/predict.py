@@ -20,7 +20,7 @@ from vmamba.medical.readers import read_image, restore, write_mask
 from vmamba.medical.resize import RESIZERS, nearest
 from vmamba.medical.runs import load_checkpoint
 from vmamba.medical.transforms import normalise
-from vmamba.medical.written import complete, npz, say_kept
+from vmamba.medical.written import complete, save_probabilities, say_kept
 from vmamba.safety import only_writer, replacing
 
 
@@ -103,12 +103,7 @@ def _one(predictor: Predictor, case: Case, target: Path, to: Output) -> None:
     probabilities = predictor.probabilities(image)
     classes = probabilities.argmax(0)
     name = target.name[: -len(_ending(case))]
-    if to.probabilities:
-        whole = restore(probabilities, case.images[0], spec.axis)
-        with replacing(npz(target)) as partial:
-            np.savez_compressed(partial, probabilities=whole)
-    else:
-        npz(target).unlink(missing_ok=True)
+    save_probabilities(target, restore(probabilities, case.images[0], spec.axis) if to.probabilities else None)
     if to.overlay:
         overlay = target.parent / "overlays" / f"{name}.png"
         overlay.parent.mkdir(exist_ok=True)

@@ -1,13 +1,16 @@
-"""What an earlier run left in a folder of masks: which are complete, which are older than what they are made of."""
+"""A folder of masks: the probabilities beside them, and what an earlier run left that is complete or out of date."""
 
 import json
 from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vmamba.errors import UserError
 from vmamba.medical.cases import LABELS, list_images, stem
 from vmamba.medical.model_folder import write_plain
+from vmamba.safety import replacing
 
 PREDICTED = "predict_from_raw_data_args.json"  # nnU-Net's name
 
@@ -15,6 +18,15 @@ PREDICTED = "predict_from_raw_data_args.json"  # nnU-Net's name
 def npz(mask: Path) -> Path:
     """Where the probabilities of a mask lie: NAME.npz beside it."""
     return mask.with_name(f"{stem(mask)}.npz")
+
+
+def save_probabilities(mask: Path, probabilities: np.ndarray | None) -> None:
+    """Writes them beside a mask, key ``probabilities``; None removes those of an earlier mask."""
+    if probabilities is None:
+        npz(mask).unlink(missing_ok=True)
+        return
+    with replacing(npz(mask)) as partial:
+        np.savez_compressed(partial, probabilities=probabilities)
 
 
 def complete(mask: Path, probabilities: bool) -> bool:
