@@ -6,7 +6,8 @@
 // between lanes halves the number of values. What is in shared memory lies so that no two threads of a warp meet in a bank.
 //
 // Where there are few sequences, each is cut into segments: `ends` finds how every segment maps a state (a step multiplies
-// by exp(delta A), so a segment by exp(A sum delta)), and `forward` starts from what the segments before it leave.
+// by exp(delta A), so a segment by exp(A sum delta)), and `forward` starts from what the segments before it leave. The first
+// segment, which needs no state, is done in `ends`; the last, which nothing follows, in `forward` alone.
 //
 // Compile-time: T_BF16, T_FP16 or T_FP32 (u, delta, B, C and z), N states, S states of a lane, WIDE channels and MAPS numbers
 // of B or C that are read at once, THREADS of a block, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, KEEP (the states before each chunk),
@@ -49,16 +50,22 @@ typedef real_t out_t;
 typedef float out_t;
 #endif
 
+struct Shared {  // memory of a block, of two tiles
+    float4 move[2][T / 2][MOVE_ROW];           // of two steps: step size, and what it is times u
+    alignas(16) float maps[2][T][2 * STATES];  // B and C
+    alignas(8) float y[2][T][Y_ROW];
+};
+
 template <bool OUT>
-__device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const float* A, const real_t* B,
+__device__ __forceinline__ void scan(Shared& shared, const real_t* u, const real_t* delta, const float* A, const real_t* B,
                                      const real_t* C, const float* D, const real_t* z, const float* bias, out_t* y,
                                      float* last, float* states, float* end_states, float* end_steps, int k, int length,
-                                     int d, int per, Maps to_B, Maps to_C) {
-    __shared__ float4 move[2][T / 2][MOVE_ROW];           // of two steps: step size, and what it is times u
-    __shared__ alignas(16) float maps[2][T][2 * STATES];  // B and C
-    __shared__ alignas(8) float y_s[2][T][Y_ROW];
+                                     int d, int per, int segment, Maps to_B, Maps to_C) {
+    auto& move = shared.move;
+    auto& maps = shared.maps;
+    auto& y_s = shared.y;
     int blocks = (d + CHANNELS - 1) / CHANNELS, c0 = blockIdx.x % blocks * CHANNELS;
-    int row = blockIdx.x / blocks, ki = row % k, segment = blockIdx.y, rows = gridDim.x / blocks;
+    int row = blockIdx.x / blocks, ki = row % k, rows = gridDim.x / blocks;
     int first = segment * per, stop = min(length, first + per);
     long long bi = row / k;
     // the channel and states that this thread scans
@@ -236,21 +243,30 @@ __device__ __forceinline__ void scan(const real_t* u, const real_t* delta, const
         emit(turn ^ 1, left + T);
     }
     if (!in_c) return;
-    long long to = OUT ? (long long)row * d + c : ((long long)segment * rows + row) * d + c;
-    if (!OUT && lane == 0) end_steps[to] = total;
-    if (OUT && stop < length) return;
-    keep((OUT ? last : end_states) + to * N + lane * S, h, N - lane * S);
+    bool final = OUT && stop == length;
+    if (OUT && !final && segment > 0) return;  // its end is known
+    long long to = (final ? (long long)row : (long long)segment * rows + row) * d + c;
+    if (!final && lane == 0) end_steps[to] = total;  // of the first segment 0, which nothing before it is multiplied by
+    keep((final ? last : end_states) + to * N + lane * S, h, N - lane * S);
 }
 
 #define ARGUMENTS                                                                                                     \
     const real_t *u, const real_t *delta, const float *__restrict__ A, const real_t *B, const real_t *C,              \
         const float *__restrict__ D, const real_t *z, const float *__restrict__ bias, out_t *__restrict__ y,          \
         float *__restrict__ last, float *__restrict__ states, float *__restrict__ end_states,                         \
-        float *__restrict__ end_steps, int k, int length, int d, int per, int Bb, int Bk, int Bl, int Bn, int Cb, int Ck, \
-        int Cl, int Cn
-#define PASSED                                                                                                  \
-    u, delta, A, B, C, D, z, bias, y, last, states, end_states, end_steps, k, length, d, per, {Bb, Bk, Bl, Bn}, \
-        {Cb, Ck, Cl, Cn}
+        float *__restrict__ end_steps, int k, int length, int d, int per, int first, int Bb, int Bk, int Bl, int Bn,  \
+        int Cb, int Ck, int Cl, int Cn
+#define PASSED(segment)                                                                                         \
+    shared, u, delta, A, B, C, D, z, bias, y, last, states, end_states, end_steps, k, length, d, per, segment, \
+        {Bb, Bk, Bl, Bn}, {Cb, Ck, Cl, Cn}
+#define BOUNDS __launch_bounds__(THREADS, THREADS > 128 ? 3 : 6)
 
-extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 3 : 6) forward(ARGUMENTS) { scan<true>(PASSED); }
-extern "C" __global__ void __launch_bounds__(THREADS) ends(ARGUMENTS) { scan<false>(PASSED); }
+extern "C" __global__ void BOUNDS forward(ARGUMENTS) {
+    __shared__ Shared shared;
+    scan<true>(PASSED(first + blockIdx.y));
+}
+extern "C" __global__ void BOUNDS ends(ARGUMENTS) {
+    __shared__ Shared shared;
+    if (blockIdx.y == 0) scan<true>(PASSED(0));
+    else scan<false>(PASSED(blockIdx.y));
+}

@@ -76,20 +76,22 @@ def _run(states: Tensor | None, dtype: torch.dtype, softplus: bool, *tensors: An
     y, last = new(b, k, length, d, dtype=dtype), new(b, k, d, n, dtype=torch.float32)
     if not y.numel():
         return y, last.zero_()
-    inputs, plan = Inputs(tensors, softplus), plans.forward(b * k * d, n, length)
+    inputs, plan = Inputs(tensors, softplus), _forward_plan(b * k, d, n, tensors[0].device, length)
     per = -(-length // (plan.segments * plans.TILE)) * plans.TILE  # steps of a segment: whole tiles
     segments = -(-length // per)
     before = (segments - 1) * b * k * d
     ends = new(before * (n + 1), dtype=torch.float32)
     end_states, end_steps = (ends[: before * n], ends[before * n :]) if before else (y, y)
     arguments = *inputs.tensors, y, last, y if states is None else states, end_states, end_steps
-    sizes = k, length, d, per, *inputs.strides
+    done = int(segments > 1)  # segments that ``ends`` does
+    sizes = k, length, d, per, done, *inputs.strides
     flags = f"KEEP={int(states is not None)}", *(() if dtype == torch.float32 else ("NARROW",))
     defines = *inputs.defines(plan), *flags
     blocks = b * k * -(-d // plan.channels)
     if segments > 1:
         nvrtc.kernel(SOURCE, "ends", defines, inputs.device)((blocks, segments - 1), plan.threads, *arguments, *sizes)
-    nvrtc.kernel(SOURCE, "forward", defines, inputs.device)((blocks, segments), plan.threads, *arguments, *sizes)
+    run = nvrtc.kernel(SOURCE, "forward", defines, inputs.device)
+    run((blocks, segments - done), plan.threads, *arguments, *sizes)
     return y, last
 
 
@@ -138,6 +140,11 @@ def backward(
         fold((-(-rows * 2 * n // 256), 1), 256, dmaps, dB, dC, blocks, rows)
     grads = du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0)
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
+
+
+@cache
+def _forward_plan(sequences: int, channels: int, states: int, device: torch.device, length: int) -> plans.StateLanes:
+    return plans.forward(sequences, channels, states, gpu_of(device), length)
 
 
 @cache

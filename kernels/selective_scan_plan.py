@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 from vmamba.kernels.selective_scan_reference import CHUNK
 
-SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
+# states that a lane may have, the cheapest first: ns that the forward takes of a multiprocessor for a step of 4 warps,
+# and what a step takes however many there are
+PASS = {4: (25.0, 12.0), 2: (14.0, 18.0), 1: (10.0, 22.0)}
+SEGMENT = 300.0  # ns that each segment takes, whose end those after it read
 MOST_LANES = 16
-WARPS = 1500  # about as many fill a large GPU, if each walks a whole sequence
-SEGMENT_WARPS = 4224  # and if each walks a segment
-FEWEST_SEGMENTS = 4  # at least as many, or none
 TILE = 16  # steps; segments are made of whole ones
 MANY_WARPS = 24  # of a multiprocessor: the backward needs no lanes that share steps
 SUB = 8  # steps that selective_scan_backward.cu has in registers
 STEP_LANES, CHANNEL_LANES = 8, 4  # of a warp, where lanes share steps
 MOST_THREADS = 384  # of a block, where lanes share steps
 SHORT = 1024  # steps; the last chunk of longer ones is like the others; no segment of the backward is shorter
-MOST_SEGMENTS = 64  # of the backward
+MOST_SEGMENTS = 64
 TWICE = 1.4  # what a backward in segments takes of one that is not cut, for the pass before it
 WORTH = 2  # times less work for the busiest multiprocessor, or there are no segments
 
@@ -86,18 +86,18 @@ class StepLanes(NamedTuple):
         return 4 * (3 * row + 2 * (maps + 8) + self.channels * states + sums + (2 + has_z) * self.groups * row)
 
 
-def forward(channels: int, states: int, length: int) -> StateLanes:
-    """Few lanes, but about ``WARPS`` warps in all, for so many channels of all sequences together.
+def forward(sequences: int, channels: int, states: int, gpu: GPU, length: int) -> StateLanes:
+    """Few lanes keep the work small, and many fill the GPU; so do segments, at the price of a second pass."""
 
-    Where half as many lanes as there could be do not give that, segments do it better than more lanes, if the sequence
-    is long enough for them: they cost a second pass.
-    """
-    possible = _state_lanes(states)
-    for plan in possible[:2]:
-        if channels * plan.lanes >= WARPS * 32:
-            return plan
-    segments = min(SEGMENT_WARPS * 32 // (channels * possible[0].lanes), length // (2 * CHUNK))
-    return possible[0]._replace(segments=segments) if segments >= FEWEST_SEGMENTS else possible[-1]
+    def time(plan: StateLanes) -> float:
+        blocks = sequences * -(-channels // plan.channels) * max(1, plan.segments - 1)  # of each of the two passes
+        busiest = -(-blocks // gpu.processors) * plan.threads / 128
+        work, waiting = PASS[plan.share]
+        passes = 2 if plan.segments > 1 else 1
+        return passes * (work * busiest + waiting) * length / plan.segments + SEGMENT * plan.segments
+
+    cuts = range(1, max(1, min(MOST_SEGMENTS, length // (2 * CHUNK))) + 1)
+    return min((plan._replace(segments=cut) for plan in _state_lanes(states) for cut in cuts), key=time)
 
 
 def backward(sequences: int, channels: int, states: int, gpu: GPU, length: int = 0) -> StateLanes | StepLanes:
@@ -137,5 +137,5 @@ def tail(length: int) -> int:
 
 def _state_lanes(states: int) -> list[StateLanes]:
     """The cheapest first."""
-    possible = [StateLanes(share, 1 << max(0, -(-states // share) - 1).bit_length()) for share in SHARES]
+    possible = [StateLanes(share, 1 << max(0, -(-states // share) - 1).bit_length()) for share in PASS]
     return [plan for plan in possible if plan.lanes <= MOST_LANES]

@@ -132,8 +132,8 @@ def test_a_launch_that_fails_is_told(driver):
 def test_selective_scan_compiles(dtype, n, d, z, few):
     u, maps = torch.zeros(1, 1, 1, d, dtype=dtype), torch.zeros(1, 1, 1, n, dtype=dtype)
     tensors = (u, u, torch.zeros(1, d, n), maps, maps, torch.zeros(1, d), u if z else None, None)
-    inputs, gpu = selective_scan_cuda.Inputs(tensors, True), plans.GPU(132 if few else 0, 227 * 1024)
-    forward, backward = plans.forward(64 if few else 1 << 20, n, 197), plans.backward(1, 64, n, gpu)
+    inputs, gpu = selective_scan_cuda.Inputs(tensors, True), plans.GPU(132 if few else 1, 227 * 1024)
+    forward, backward = plans.forward(1, 64, n, gpu, 1970), plans.backward(1 if few else 1 << 10, 64, n, gpu)
     assert isinstance(backward, plans.StepLanes) == few
     for source, names, plan, more in (
         (selective_scan_cuda.SOURCE, (b"forward", b"ends"), forward, ("KEEP=1",) if few else ("KEEP=0", "NARROW")),

@@ -81,10 +81,10 @@ def check_cuda(tensors: tuple) -> None:
             assert error < TOLERANCE[tensor.dtype], f"gradient of {name}: {error:.1e}"
 
 
-PLANS = {  # warps that the forward wants, how the backward is planned, and for how many multiprocessors
-    "lanes share states": (1, selective_scan_plan.backward, 1),
-    "lanes share steps, large blocks": (1, selective_scan_plan.steps, 1),
-    "lanes share steps, small blocks; segments": (1 << 20, selective_scan_plan.steps, 1 << 20),
+PLANS = {  # how the backward is planned, and for how many multiprocessors both ways are
+    "lanes share states": (selective_scan_plan.backward, 1),
+    "lanes share steps, large blocks": (selective_scan_plan.steps, 1),
+    "lanes share steps, small blocks; segments": (selective_scan_plan.steps, 1 << 20),
 }
 CUDA_CASES = [  # type, whether there are D, z and bias, channels
     (torch.float32, (1, 1, 1), 133),
@@ -99,10 +99,11 @@ CUDA_CASES = [  # type, whether there are D, z and bias, channels
 @pytest.mark.parametrize("length", [1, 63, 65, 197, 600])
 @pytest.mark.parametrize("plan", PLANS)
 def test_values_and_gradients_of_cuda(length, n, dtype, plan, extras, d, monkeypatch):
-    warps, backward, processors = PLANS[plan]
+    backward, processors = PLANS[plan]
     gpu = selective_scan_cuda.gpu_of(torch.device("cuda"))._replace(processors=processors)
-    monkeypatch.setattr(selective_scan_plan, "WARPS", warps)
+    forward = selective_scan_plan.forward
     monkeypatch.setattr(selective_scan_plan, "MANY_WARPS", 0)
+    monkeypatch.setattr(selective_scan_cuda, "_forward_plan", lambda *sizes: forward(*sizes[:3], gpu, length))
     monkeypatch.setattr(selective_scan_cuda, "_backward_plan", lambda *sizes: backward(*sizes[:3], gpu))
     u, delta, A, B, C, *rest = scan_inputs(length, n, dtype, d=d)
     check_cuda((u, delta, A, B, C, *(t if there else None for t, there in zip(rest, extras, strict=True))))
@@ -113,7 +114,7 @@ def test_values_and_gradients_of_cuda(length, n, dtype, plan, extras, d, monkeyp
 def test_few_long_sequences(length, gated):
     """As they are planned: cut into segments in the forward, chunks of several lengths at the end."""
     u, delta, A, B, C, D, z, bias = scan_inputs(length, 16, torch.bfloat16, b=1, k=1, d=48)
-    assert selective_scan_plan.forward(48, 16, length).segments >= selective_scan_plan.FEWEST_SEGMENTS
+    assert selective_scan_plan.forward(1, 48, 16, selective_scan_cuda.gpu_of(u.device), length).segments >= 4
     check_cuda((u, delta, A, B, C, D, z if gated else None, bias))
 
 

@@ -13,15 +13,15 @@ SIZES = [(128, 384, 197), (8, 384, 6085), (4, 384, 16385), (32, 192, 3136), (1, 
     "sequences, length, plan",
     [
         (128, 197, (4, 4, 1)),  # Vim-Ti at 224 in training: the cheapest
-        (16, 6085, (2, 8, 1)),
-        (8, 6085, (4, 4, 11)),  # at 1248: segments
-        (4, 16385, (4, 4, 22)),
-        (1, 65536, (4, 4, 88)),
-        (8, 197, (1, 16, 1)),  # too short for segments
+        (16, 6085, (4, 4, 3)),
+        (8, 6085, (4, 4, 5)),  # at 1248: 4 segments in each pass, 384 blocks for 132 multiprocessors
+        (4, 16385, (4, 4, 23)),
+        (1, 65536, (4, 4, 56)),
+        (8, 197, (4, 4, 1)),  # too short for segments
     ],
 )
 def test_forward(sequences, length, plan):
-    assert plans.forward(sequences * 384, 16, length) == plan
+    assert plans.forward(sequences, 384, 16, H200, length) == plan
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_segments_of_the_backward(sequences, channels, length, segments):
 @pytest.mark.parametrize("states", STATES)
 def test_every_state_has_its_lane(states, gpu):
     for sequences, channels, length in SIZES:
-        plan = plans.forward(sequences * channels, states, length)
+        plan = plans.forward(sequences, channels, states, gpu, length)
         assert plan.share * plan.lanes >= states and plan.lanes <= plans.MOST_LANES and plan.segments >= 1
         assert plan.channels * plan.lanes == plan.threads <= 256
         plan = plans.steps(sequences, channels, states, gpu)
