@@ -84,6 +84,21 @@ def test_one_launch_for_a_stage_or_for_each_mixer_and_mlp():
         assert launches(lambda: autocast(model, x)) == 0
 
 
+def test_one_launch_for_a_column():
+    torch.manual_seed(0)
+    model, x = vmamba.create_model("vim_tiny_patch16_224", depth=3, dim=16, img_size=32, num_classes=5).eval(), image()
+    with torch.no_grad():
+        assert launches(lambda: autocast(model, x)) == 1
+        own = autocast(model, x)
+        with autocasts_own():
+            assert torch.equal(own, autocast(model, x))
+        model.blocks[1].mixer.register_forward_hook(lambda *_: None)  # it is called, and casts its own
+        assert launches(lambda: autocast(model, x)) == 2
+        assert torch.equal(own, autocast(model, x))
+    assert launches(lambda: value_and_gradients(model, x)) == 2 * 3  # gradients do not wait for those of all blocks
+    assert all(map(torch.equal, *both(model, x)))
+
+
 def test_never_stale():
     model, x = network(), image()
     weight = model.stages[0].blocks[0].mlp.fc2.weight

@@ -221,7 +221,7 @@ class TestTokens:
 
     def test_the_residual_stream_stays_wide(self):
         model = micro().bfloat16().eval()
-        h, r, _ = model.advance(model.blocks[0], model.begin(torch.randn(1, 3, 64, 64).bfloat16()))
+        h, r, *_ = model.advance(model.blocks[0], model.begin(torch.randn(1, 3, 64, 64).bfloat16()))
         assert h.dtype == torch.bfloat16 and r.dtype == torch.float32
         assert model.features(torch.randn(1, 3, 64, 64).bfloat16())[0].dtype == torch.bfloat16
 

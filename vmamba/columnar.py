@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from vmamba.add_norm import add_then_norm
 from vmamba.block import init_linear
+from vmamba.narrow import Layer, narrow_together
 from vmamba.protocol import TimmModel
 from vmamba.scans import Scan
 from vmamba.tokens import NO_CLASS_TOKENS, ClassTokens, Grid, TokenEmbed
 
 RMSNorm = partial(nn.RMSNorm, eps=1e-5)
-State = tuple[Tensor, Tensor | None, Grid]  # h (b, l, c), r (b, l, c) or None before the first block, grid
+Mixers = Mapping[nn.Module, Layer]  # how the mixers of some blocks are called
+State = tuple[Tensor, Tensor | None, Grid, Mixers]  # h (b, l, c), r (b, l, c) or None before the first block, grid
 
 
 class ColumnBlock(nn.Module):
@@ -59,19 +61,19 @@ class ColumnBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.order, self.class_tokens = order, class_tokens
 
-    def forward(self, h: Tensor, r: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-        """(b, l, c), (b, l, c) or None, (rows, columns) -> (b, l, c), (b, l, c)"""
+    def forward(self, h: Tensor, r: Tensor | None, grid: Grid, mixer: Layer | None = None) -> tuple[Tensor, Tensor]:
+        """(b, l, c), (b, l, c) or None, (rows, columns) -> (b, l, c), (b, l, c); ``mixer`` calls the block's own."""
         x, r = add_then_norm(h, r, self.norm)
-        return self.drop_path(self.layer_scale(self.mix(x, grid))), r
+        return self.drop_path(self.layer_scale(self.mix(x, grid, mixer or self.mixer))), r
 
-    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+    def mix(self, x: Tensor, grid: Grid, mixer: Layer) -> Tensor:
         """(b, l, c) -> (b, l, c) through the mixer."""
         shape = grid if math.prod(grid) == x.shape[1] else (1, x.shape[1])
         if self.order is None:
-            return self.mixer(x.unflatten(1, shape)).flatten(1, 2)
+            return mixer(x.unflatten(1, shape)).flatten(1, 2)
         patches, tokens = self.class_tokens.split(x)
         patches = self.order.split(patches.unflatten(1, grid))[:, 0]
-        y = self.mixer(self.class_tokens.insert(patches, tokens)[:, None])[:, 0]
+        y = mixer(self.class_tokens.insert(patches, tokens)[:, None])[:, 0]
         patches, tokens = self.class_tokens.split(y)
         patches = self.order.merge(patches[:, None], *grid).flatten(1, 2)
         return self.class_tokens.insert(patches, tokens)
@@ -227,20 +229,32 @@ class Columnar(TimmModel):
         return self.stem.patch
 
     def begin(self, x: Tensor) -> State:
-        """(b, in_chans, h, w) -> tokens, no residual yet, grid."""
+        """(b, in_chans, h, w) -> tokens, no residual yet, grid, what :meth:`mixers` gives."""
         h, grid = self.stem(x)
-        return h, None, grid
+        return h, None, grid, self.mixers(h)
+
+    def mixers(self, x: Tensor) -> Mixers:
+        """How to call blocks' mixers in this forward pass, for tokens like x: the weights of all are cast together.
+
+        With gradients each mixer casts its own: gradients would have to wait for those of all others.
+        """
+        if torch.is_grad_enabled():
+            return {}
+        blocks = [block for block in self.blocks if type(block) is ColumnBlock]
+        calls = narrow_together(x, [block.mixer for block in blocks])
+        return {block: calls[block.mixer] for block in blocks if block.mixer in calls}
 
     def advance(self, level: nn.Module, state: State) -> State:
         """The state after a block."""
-        h, r, grid = state
-        pair = checkpoint(level, h, r, grid) if self.grad_checkpointing else level(h, r, grid)
+        h, r, grid, mixers = state
+        options = {"mixer": mixers[level]} if level in mixers else {}
+        pair = checkpoint(level, h, r, grid) if self.grad_checkpointing else level(h, r, grid, **options)
         h, r = cast(tuple[Tensor, Tensor], pair)
-        return h, r, grid
+        return h, r, grid, mixers
 
     def end(self, state: State, norm: bool = True) -> Tensor:
         """The stream h + r, (b, l, c), normalised."""
-        h, r, _ = state
+        h, r, *_ = state
         if norm and r is not None and hasattr(self.norm, "weight"):  # pruned networks may have none
             return add_then_norm(h, r, self.norm, wide=True)[0]
         stream = (h if r is None else r + h).to(self.stem.proj.weight.dtype)

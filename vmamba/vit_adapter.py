@@ -213,8 +213,8 @@ class ViTAdapter(nn.Module):
         """The pyramid c (b, l, dim) after all interactions, and the column's map (b, dim, h, w) after each."""
         state, outs, start = self.body.begin(x), [], 0
         for injector, extractors, end in zip(self.injectors, self.extractors, self.ends, strict=True):
-            h, r, grid = state
-            state = injector(h, [grid], c, grids), r, grid
+            h, r, grid, mixers = state
+            state = injector(h, [grid], c, grids), r, grid, mixers
             for block in self.body.blocks[start : end + 1]:
                 state = self.body.advance(block, state)
             for extractor in cast(nn.ModuleList, extractors):
