@@ -15,12 +15,20 @@ gpu = pytest.mark.gpu
 STEPS = WARMUP + 4
 SMALL = dict(dims=(16, 32, 64, 128), num_classes=3, in_chans=1)
 CONVOLUTIONAL = dict(features=(8, 16, 32), num_classes=3, in_chans=1)
+PLAIN = dict(dim=8, num_classes=3, in_chans=1)
+SMALL_HYBRID = dict(
+    dims=(4, 8, 12), depths=(1, 1), ratios=(2, 2), depth=1, patch=(16, 16, 16), num_classes=3, in_chans=1
+)
+CUBE = dict(strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), kernels=(3, 3, 3), patch=(16, 16, 16))
 NETWORKS = {  # and their patches
     "vmunet": (SMALL, (64, 64)),
     "mhs_unet_4h": (SMALL, (64, 64)),
     "umamba_enc_2d": (dict(CONVOLUTIONAL, strides=((1, 1), (2, 2), (2, 2)), patch=(32, 32)), (32, 32)),
     "umamba_bot_3d": (dict(CONVOLUTIONAL, strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)), kernels=(3, 3, 3)), (8, 16, 16)),
-    "lightm_unet_2d": (dict(dim=8, num_classes=3, in_chans=1), (32, 32)),
+    "umamba_enc_3d": (dict(CONVOLUTIONAL, **CUBE), (16, 16, 16)),
+    "lightm_unet_2d": (PLAIN, (32, 32)),
+    "lightm_unet_3d": (PLAIN, (16, 16, 16)),
+    "hymamba": (SMALL_HYBRID, (16, 16, 16)),
 }
 
 
@@ -168,6 +176,15 @@ def test_training_goes_on_where_the_capture_fails(why):
         step, found = trained(network, fails, batches, True)
     assert step.graph is None and not step.fits and torch.cuda.current_stream() == stream
     same(found, plain, 1e-5)
+
+
+@gpu
+def test_no_graph_where_half_of_the_memory_is_needed(monkeypatch):
+    network, loss, batches = small("cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: torch.cuda.mem_get_info(device)[1] // 2 + 2)
+    step, found = trained(network, loss, batches, True)
+    assert step.graph is None and not step.fits
+    same(found, trained(*small("cuda"), False)[1], 1e-6)
 
 
 @gpu

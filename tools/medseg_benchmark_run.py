@@ -49,7 +49,7 @@ PREDICT: Columns = {
 NOTES: Mapping[str, Mapping[str, str]] = {
     "train": {
         "step": "forward, nnU-Net's loss (deep where the network is), backward, clipping, SGD; patches on the device",
-        "launches": "for images a GPU's forward and backward are a CUDA graph, as in training on one GPU",
+        "launches": "a GPU's forward and backward are a CUDA graph, as in training on one GPU",
         "convolutions": "cuDNN has tried its algorithms for the patch, as in training",
         "timing": "medians of rounds of steps, all of a setup in turn; ratio: time, relative to nnU-Net's network",
     },

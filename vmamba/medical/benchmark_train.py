@@ -61,7 +61,6 @@ def training_step(network: nn.Module, example: Example, precision: str) -> Step:
         return deep_loss(example.loss, maps, label)
 
     captured = Captured(loss_of, network)
-    captured.fits = example.image.ndim == 4  # as in training
 
     def step() -> None:
         with torch.autocast(kind, half, enabled=half != torch.float32):

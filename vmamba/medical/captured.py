@@ -26,8 +26,8 @@ class Captured:
     """``loss(*inputs)`` with its gradients: on a GPU replayed from a graph after the first steps, else as it is.
 
     The numbers are the same: a graph has the kernels of the steps before it, and draws what they would draw. Other
-    shapes, networks with hooks, losses that wait for the GPU, and those of float16 under autocast, whose gradients need
-    a scaled loss, are computed as they are.
+    shapes, networks with hooks, losses that wait for the GPU or take more than half of its memory, and those of float16
+    under autocast, whose gradients need a scaled loss, are computed as they are.
 
     Args:
         loss: of tensors, to a number; it has no other inputs that change. network: what it trains.
@@ -50,7 +50,7 @@ class Captured:
         objective = Objective(self.loss, self.network)
         if self.seen == WARMUP:
             return self._rehearsed(objective, *inputs)
-        self.graph = _made(objective, inputs)
+        self.graph = _made(objective, inputs) if _roomy(inputs[0].device) else None
         self.fits = self.graph is not None
         return self.loss(*inputs) if self.graph is None else self.graph(*inputs)
 
@@ -84,6 +84,11 @@ class _Hurried:
 
     def __exit__(self, *_: object) -> None:
         torch.cuda.set_sync_debug_mode(self.mode)
+
+
+def _roomy(device: torch.device) -> bool:
+    """Whether what was needed so far fits twice: a graph keeps its memory, and validation has to run beside it."""
+    return 2 * torch.cuda.max_memory_allocated(device) <= torch.cuda.get_device_properties(device).total_memory
 
 
 def _made(objective: "Objective", inputs: Sequence[Tensor]) -> "Graph | None":

@@ -1,4 +1,4 @@
-"""Lightning modules whose training steps are CUDA graphs where one GPU trains on images."""
+"""Lightning modules whose training steps are CUDA graphs where one GPU trains."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -15,9 +15,8 @@ class CapturedSteps(pl.LightningModule):
     network: nn.Module
 
     def on_fit_start(self) -> None:
-        """Several processes exchange gradients meanwhile; volumes keep a GPU busy, and need the memory of a graph."""
-        alone, flat = isinstance(self.trainer.strategy, SingleDeviceStrategy), getattr(self.network, "axes", 2) == 2
-        self.captured.fits = self.captures and alone and flat
+        """Several processes exchange gradients meanwhile."""
+        self.captured.fits = self.captures and isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def on_fit_end(self) -> None:
         """What follows needs the graph's memory."""

@@ -55,7 +55,7 @@ class FoldModule(CapturedSteps):
         network: to be trained. labels: what its outputs mean.
         settings: of the training. batch_dice: Dice over the whole batch.
 
-    On one GPU a step on images launches all its kernels at once (:class:`Captured`), unless ``captures`` is False.
+    On one GPU a step launches all its kernels at once (:class:`Captured`), unless ``captures`` is False.
     """
 
     def __init__(self, network: nn.Module, labels: LabelSet, settings: FoldSettings, batch_dice: bool) -> None:
