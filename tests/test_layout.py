@@ -16,7 +16,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LINKED = ("heads", "kernels", "scans", "tools")
 EXTRAS = (
-    "albumentations",
     "cv2",
     "lightning",
     "matplotlib",

@@ -14,10 +14,7 @@ from vmamba.openmmlab import BUILD, REGISTRY, SUPPORTED, Toolbox, toolboxes
 
 PACKAGES = {
     "core": ("vmamba", "torch", "torchvision", "timm", "triton", "numba", "numpy", "PyWavelets", "safetensors", "tqdm"),
-    "medical": (
-        *("monai", "nibabel", "albumentations", "lightning", "nilearn", "matplotlib"),
-        *("filelock", "h5py", "scikit-learn"),
-    ),
+    "medical": ("monai", "nibabel", "lightning", "nilearn", "matplotlib", "filelock", "h5py", "scikit-learn"),
 }
 SETTINGS = ("VMAMBA_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
