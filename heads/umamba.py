@@ -7,6 +7,7 @@ figures) and of 27 March 2024 (``V2``); weights of one do not fit the other.
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vmamba.norm_act import Chain
+from vmamba.precision import autocasts
 from vmamba.registry import register
 from vmamba.segmentor import Segmentor
 from vmamba.unet_blocks import (
@@ -69,10 +71,22 @@ def single(axes: int, dim: int, out_dim: int, kernel: Size, stride: Size, depth:
     return Chain(conv, instance_norm(axes, out_dim, **dd), nn.LeakyReLU(SLOPE))
 
 
+class Nearest(nn.Sequential):
+    """Pixels repeated, then a 1x1 convolution: computed in the other order, on fewer pixels and in its type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, dim, *grid) -> (b, out_dim, *grid * stride)"""
+        repeat, conv = self
+        x = conv(input)
+        kind = x.device.type if isinstance(x, Tensor) else ""
+        with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():  # which widens what it repeats
+            return repeat(x)
+
+
 def nearest(axes: int, dim: int, out_dim: int, stride: Size, **dd: Any) -> nn.Module:
-    """Pixels repeated ``stride`` times, then a 1x1 convolution."""
+    """A :class:`Nearest` that repeats pixels ``stride`` times."""
     factors = tuple(float(s) for s in (stride if isinstance(stride, Sequence) else (stride,) * axes))
-    return nn.Sequential(nn.Upsample(scale_factor=factors), LAYERS[axes].conv(dim, out_dim, 1, **dd))
+    return Nearest(nn.Upsample(scale_factor=factors), LAYERS[axes].conv(dim, out_dim, 1, **dd))
 
 
 def transposed(axes: int, dim: int, out_dim: int, stride: Size, **dd: Any) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 import vmamba
 from tests import segmentors, timm_zoo
 from tests.segmentors import NAMES, image, small
+from vmamba.heads.umamba import nearest
 from vmamba.registry import entries
 from vmamba.unet_blocks import MambaLayer
 
@@ -151,3 +152,15 @@ def test_encoders_by_name(reader):
         vmamba.create_model(reader, encoder="vmamba_tiny_s1l9")
     with pytest.raises(ValueError, match="an encoder has channels and strides"):
         vmamba.create_model(reader, encoder=torch.nn.Conv2d(3, 8, 3))
+
+
+def test_pixels_are_repeated_after_the_convolution():
+    block, x = nearest(3, 4, 6, (1, 2, 3), dtype=torch.float64), torch.randn(2, 4, 2, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(block(x), torch.nn.Sequential(*block)(x), rtol=1e-12, atol=1e-12)
+    seen = []
+    block[1].register_forward_hook(lambda _, inputs, y: seen.append(y.shape))
+    block(x)
+    assert seen == [(2, 6, 2, 3, 5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nearest(2, 4, 6, 2)(torch.randn(2, 4, 3, 5))
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 6, 6, 10)
