@@ -17,7 +17,7 @@ from vmamba.checkpoint import LoadReport
 from vmamba.decoder import Fusion, PatchExpand, falling_rates
 from vmamba.mixers.ss2d import SS2D
 from vmamba.models.vmamba import BLOCK_KEYS, VANILLA, VMamba
-from vmamba.norm_act import Chain
+from vmamba.norm_act import Chain, laid_out
 from vmamba.pyramid import Pyramid
 from vmamba.registry import register
 from vmamba.segmentor import Segmentor, load_encoder, pyramid, pyramid_maps
@@ -69,8 +69,9 @@ class SwinUMamba(Segmentor):
 
     def decode(self, x: Tensor) -> list[Tensor]:
         """(b, in_chans, h, w) -> (b, c, h / s, w / s) of all decoder levels but the first, the coarsest first"""
+        x = laid_out(x)
         half = self.stem(x)
-        maps = [x, half, *pyramid_maps(self.encoder, half if self.published else x, x.shape[2:])]
+        maps = [x, half, *map(laid_out, pyramid_maps(self.encoder, half if self.published else x, x.shape[2:]))]
         skips = [skip(y) for skip, y in zip(self.skips, maps, strict=False)]
         y, results = maps[-1], []
         for up in self.decoder:

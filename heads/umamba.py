@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vmamba.norm_act import Chain
+from vmamba.kernels.instance_norm import is_channels_last
+from vmamba.norm_act import Chain, laid_out
 from vmamba.precision import autocasts
 from vmamba.registry import register
 from vmamba.segmentor import Segmentor
@@ -79,8 +80,18 @@ class Nearest(nn.Sequential):
         repeat, conv = self
         x = conv(input)
         kind = x.device.type if isinstance(x, Tensor) else ""
+        if kind and x.ndim == 5 and is_channels_last(x):  # which PyTorch would lay out anew
+            return _repeated(x, [int(factor) for factor in cast(Any, repeat).scale_factor])
         with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():  # which widens what it repeats
             return repeat(x)
+
+
+def _repeated(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """Each pixel of a channels-last volume (b, c, d, h, w) so many times in each direction."""
+    b, c, *grid = x.shape
+    pairs = [n for pair in zip(grid, factors, strict=True) for n in pair]
+    rows = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(b, *pairs, c)
+    return rows.reshape(b, *(n * f for n, f in zip(grid, factors, strict=True)), c).movedim(-1, 1)
 
 
 def nearest(axes: int, dim: int, out_dim: int, stride: Size, **dd: Any) -> nn.Module:
@@ -234,7 +245,7 @@ class UMamba(Segmentor):
 
     def decode(self, x: Tensor) -> list[Tensor]:
         """(b, in_chans, *grid) -> (b, c, *grid / s) of each decoder level, the coarsest first"""
-        x, skips, maps = self.stem(x), [], []
+        x, skips, maps = self.stem(laid_out(x)), [], []
         for stage, layer in zip(self.stages, self.mamba, strict=True):
             x = layer(stage(x))
             skips.append(x)

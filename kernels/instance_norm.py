@@ -5,10 +5,19 @@ z = (x - mean) / sqrt(var + eps) weight + bias + residual,  y = z where z > 0, e
 Mean and variance are those of a channel over the grid of one sample.
 """
 
+import torch
 from torch import Tensor
 
 from vmamba.kernels import instance_norm_reference as reference
 from vmamba.kernels.backends import choose, eager
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # of maps with so many axes
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a map (b, c, *grid) lies in memory as (b, *grid, c), and not as it is written."""
+    form = FORMATS.get(x.ndim)
+    return form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous()
 
 
 def instance_norm(
@@ -29,10 +38,10 @@ def instance_norm(
         residual: (b, c, *grid).
         eps: added to the variance.
         slope: of LeakyReLU below zero, from 0 (ReLU) to 1 (none).
-        backend: ``cuda``, ``reference`` or None for the best that takes these tensors.
+        backend: ``cuda``, ``triton`` (channels-last maps), ``reference``, or None for the best that takes these.
 
     Returns:
-        (b, c, *grid) in the wider type of x and the residual; differentiable, once by ``cuda``.
+        (b, c, *grid) in the wider type of x and the residual, laid out as x; differentiable, once on a GPU.
 
     Raises:
         ValueError: shapes do not fit, or there is one pixel only; RuntimeError: the chosen backend cannot take these

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from vmamba.kernels import nvrtc
 from vmamba.kernels.backends import other_types
+from vmamba.kernels.instance_norm import is_channels_last
 from vmamba.kernels.layer_norm_cuda import TYPES
 
 SOURCE = nvrtc.COMMON.with_name("instance_norm.cu")
@@ -27,6 +28,8 @@ AHEAD = 1  # parts for each multiprocessor, by which the first pass over large p
 def why_not(*tensors: Tensor) -> str | None:
     """None where these tensors (x, perhaps residual, weight, bias) can be normalised."""
     shape = tensors[0].shape
+    if is_channels_last(tensors[0]):
+        return f"it takes maps whose pixels lie side by side, got strides {tensors[0].stride()}"
     many = max(shape[:2].numel(), shape[2:].numel()) > LARGEST
     large = f"it takes up to {LARGEST} planes of as many pixels, got {tuple(shape)}" if many else None
     return other_types(tensors, tuple(TYPES)) or large or nvrtc.why_not()

@@ -8,7 +8,7 @@ import torch
 import vmamba
 from tests import segmentors, timm_zoo
 from tests.segmentors import NAMES, image, small
-from vmamba.heads.umamba import nearest
+from vmamba.heads.umamba import _repeated, nearest
 from vmamba.registry import entries
 from vmamba.unet_blocks import MambaLayer
 
@@ -164,3 +164,7 @@ def test_pixels_are_repeated_after_the_convolution():
     with torch.autocast("cpu", torch.bfloat16):
         y = nearest(2, 4, 6, 2)(torch.randn(2, 4, 3, 5))
     assert y.dtype == torch.bfloat16 and y.shape == (2, 6, 6, 10)
+    volume = torch.randn(2, 4, 2, 3, 5).contiguous(memory_format=torch.channels_last_3d)
+    repeated = _repeated(volume, (1, 2, 3))
+    assert torch.equal(repeated, torch.nn.Upsample(scale_factor=(1, 2, 3))(volume))
+    assert repeated.is_contiguous(memory_format=torch.channels_last_3d)

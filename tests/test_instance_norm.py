@@ -1,6 +1,12 @@
-"""Instance norm, residual and LeakyReLU in one: the operator, the modules it stands for, and the blocks that use it."""
+"""Instance norm, residual and LeakyReLU in one: the operator, the modules it stands for, and the blocks that use it.
+
+Triton's kernels run in Triton's interpreter, in a process of its own.
+"""
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,11 +18,12 @@ from vmamba import norm_act as module
 from vmamba.kernels import instance_norm_cuda as cuda
 from vmamba.kernels import instance_norm_reference as reference
 from vmamba.kernels import nvrtc
-from vmamba.kernels.instance_norm import instance_norm
-from vmamba.norm_act import Chain, conv_norm_act, norm_act
+from vmamba.kernels.instance_norm import FORMATS, instance_norm, is_channels_last
+from vmamba.norm_act import Chain, conv_norm_act, laid_out, norm_act
 from vmamba.unet_blocks import ConvResidual, UnetrBlock
 from vmamba.unet_blocks import instance_norm as layer
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = [  # affine, slope, residual
     (True, 0.01, True),
     (False, 0.01, False),
@@ -31,6 +38,7 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
     ("umamba_v1_bot_2d", {"features": (8, 16, 16), "strides": ((1, 1), (2, 2), (2, 2))}),
     ("swin_umamba", {"dim": 16}),
 ]
+COLUMNS = [(2, 70, 3, 2), (1, 5, 20, 23), (1, 12, 3, 4, 7)]  # channels-last
 LARGE = [(1, 20, 4, 2, 4), (2, 70, 3, 2), (1, 2, 100, 53), (2, 320, 5, 7, 6), (1, 3, 257, 255), (300, 2, 66, 64)]
 
 
@@ -53,8 +61,15 @@ def error(got, right):
     return float((got.double() - right.double()).norm() / right.double().norm())
 
 
-def errors(arguments):
-    """Those of CUDA's results, relative to float64's; a second run gives the same.
+def channels_last(arguments):
+    """The same maps, laid out otherwise."""
+    form = FORMATS[arguments[0].ndim]
+    maps = (None if t is None else t.detach().contiguous(memory_format=form).requires_grad_() for t in arguments[:2])
+    return *maps, *arguments[2:]
+
+
+def errors(arguments, backend=cuda):
+    """Those of a backend's results, relative to float64's; a second run gives the same.
 
     Where rounding decides whether LeakyReLU's argument is positive there is no gradient from above.
     """
@@ -62,11 +77,34 @@ def errors(arguments):
     with torch.no_grad():
         z = reference.forward(*exact[:-1], slope=1.0)
     upstream = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    upstream = upstream.masked_fill(z.abs() < 1e-3, 0).to(cuda.forward(*arguments))
-    got = results(cuda.forward, arguments, upstream)
+    upstream = upstream.masked_fill(z.abs() < 1e-3, 0).to(backend.forward(*arguments))
+    got = results(backend.forward, arguments, upstream)
     assert [t.dtype for t in got[1:]] == [t.dtype for t in arguments[:4] if t is not None]
-    assert all(map(torch.equal, got, results(cuda.forward, arguments, upstream)))
+    assert all(map(torch.equal, got, results(backend.forward, arguments, upstream)))
     return list(map(error, got, results(reference.forward, exact, upstream)))
+
+
+if INTERPRETED:
+    from tests import interpreter  # noqa: F401
+
+    @pytest.mark.parametrize("shape", COLUMNS, ids=str)
+    @pytest.mark.parametrize("case", CASES[:4], ids=str)
+    def test_columns(case, shape, monkeypatch):
+        from vmamba.kernels import instance_norm_triton
+
+        monkeypatch.setattr(instance_norm_triton, "TILE", 256)
+        monkeypatch.setattr(instance_norm_triton, "PROGRAMS", 7)
+        monkeypatch.setattr(instance_norm_triton, "FOLDED", 4)
+        arguments = channels_last(tensors(shape, case, torch.float32))
+        assert is_channels_last(instance_norm_triton.forward(*arguments))
+        assert max(errors(arguments, instance_norm_triton)) < 3e-6
+
+
+def test_triton_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_columns"]
+    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert f"{len(COLUMNS) * 4} passed" in ran.stdout
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -194,6 +232,21 @@ def test_without_the_bias(padding_mode, monkeypatch):
     assert torch.equal(outcomes[1][2], torch.zeros(4, dtype=torch.float64))
 
 
+def test_maps_are_laid_out_for_half_precision(monkeypatch):
+    x = torch.randn(2, 3, 4, 5, 6)
+    assert laid_out(x) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert laid_out(x) is x  # on a CPU
+        monkeypatch.setattr(module, "_direct", lambda x: True)
+        for maps in (x, x[:, :, 0], x.bfloat16()):
+            assert is_channels_last(laid_out(maps)) and torch.equal(laid_out(maps), maps)
+        single = laid_out(x[:, :1])
+        assert single.stride() == (120, 1, 30, 6, 1) and torch.equal(single, x[:, :1])
+        assert is_channels_last(nn.Conv3d(1, 4, 3)(single)) and not is_channels_last(nn.Conv3d(1, 4, 3)(x[:, :1]))
+        assert laid_out(x[:, :, 0, 0]).stride() == (360, 120, 1)
+    assert laid_out(x) is x and is_channels_last(laid_out(x.half()))
+
+
 def test_a_chain_is_its_layers():
     x = torch.randn(2, 3, 6, 5)
     layers = nn.Conv2d(3, 4, 3), layer(2, 4), nn.LeakyReLU(0.01), layer(2, 4), nn.ReLU(), nn.LeakyReLU(0.2)
@@ -215,8 +268,12 @@ def test_blocks_compile(block):
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 4e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
 def test_gpu_values_and_gradients(shape, dtype, bound):
+    from vmamba.kernels import instance_norm_triton as triton
+
     for case in CASES if shape in SHAPES else CASES[:2]:
-        assert max(errors(tensors(shape, case, dtype, "cuda"))) < bound, case
+        arguments = tensors(shape, case, dtype, "cuda")
+        assert max(errors(arguments)) < bound, case
+        assert max(errors(channels_last(arguments), triton)) < bound, ("channels-last", case)
 
 
 @pytest.mark.gpu

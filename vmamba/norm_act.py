@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.kernels.backends import eager
-from vmamba.kernels.instance_norm import instance_norm
-from vmamba.narrow import watched
+from vmamba.kernels.instance_norm import FORMATS, instance_norm
+from vmamba.narrow import HALF, watched
+from vmamba.precision import autocasts
 
 AXES = {nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}  # norms -> sides of their grids
 CONVOLUTIONS = {nn.Conv2d, nn.Conv3d}
@@ -43,6 +44,16 @@ def norm_act(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor
     y = norm(x)
     y = y if residual is None else y + residual
     return y if act is None else act(y)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x, channels-last where the convolutions that follow compute so: on a GPU in half precision."""
+    if not (_direct(x) and (x.dtype in HALF or autocasts(x.device.type)) and x.ndim in FORMATS):
+        return x
+    x = x.contiguous(memory_format=FORMATS[x.ndim])
+    if x.shape[1] > 1:
+        return x
+    return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))  # of one channel, which may lie either way, too
 
 
 def _direct(x: Tensor) -> bool:
