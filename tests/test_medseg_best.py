@@ -70,6 +70,18 @@ def test_pairs_are_compared(root, tmp_path, capsys):
     assert count == 1 + len(chosen["selected_model_or_models"]) + (best == pair) and list(output.glob("*.nii.gz"))
 
 
+def test_masks_of_pairs_are_kept_if_asked(root, capsys):
+    words = ["find-best", 7, *FOLDS, "--root", root, QUIET, "-np", 2]
+    assert run(*words) == 0
+    masks = sorted(results(root).glob("ensembles/*/*.nii.gz"))
+    times, before = [path.stat().st_mtime_ns for path in masks], information(root)
+    capsys.readouterr()
+    assert run(*words, "--no_overwrite") == 0 and times == [path.stat().st_mtime_ns for path in masks] != []
+    assert f"{len(masks)} of {len(masks)} already predicted, kept (--" in capsys.readouterr().out  # and are not older
+    assert information(root) == before
+    assert run(*words) == 0 and times != [path.stat().st_mtime_ns for path in masks]
+
+
 def test_a_pair_that_is_best(root, tmp_path, monkeypatch):
     """Its post-processing is chosen from its own masks, and three commands become four."""
     from vmamba.medical import find_best as module

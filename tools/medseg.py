@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ PARTS = (  # each adds some of the commands
     "medseg_compare",
     "medseg_best",
 )
+AT_ONCE = 4  # cases, if not asked otherwise
 NEEDED = ("lightning", "monai", "nibabel", "matplotlib", "sklearn")
 
 
@@ -30,8 +32,13 @@ def add_parser(subparsers: Any) -> None:
         import_module(f"vmamba.tools.{name}").add_commands(commands)
 
 
-def command(commands: Any, name: str, text: str, epilog: str, run: Any) -> argparse.ArgumentParser:
-    """A command's parser; ``run(args) -> exit code`` is called when its libraries are there."""
+def command(
+    commands: Any, name: str, text: str, epilog: str, run: Any, *, silent: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A command's parser; ``run(args) -> exit code`` is called when its libraries are there.
+
+    ``silent`` are nnU-Net's words for --no-progress.
+    """
 
     def checked(args: argparse.Namespace) -> int:
         missing = [package for package in NEEDED if find_spec(package) is None]
@@ -49,7 +56,7 @@ def command(commands: Any, name: str, text: str, epilog: str, run: Any) -> argpa
     shape = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=shape)
     parser.set_defaults(run=checked)
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no-progress", *silent, action="store_true", help="no progress bar")
     return parser
 
 
@@ -60,6 +67,22 @@ def add_places(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder with nnUNet_raw, nnUNet_preprocessed and nnUNet_results (default: environment)",
     )
+
+
+def add_threads(parser: argparse.ArgumentParser, flag: str, what: str, **options: Any) -> None:
+    """The option that says how many cases are ``what`` at a time, by default as :func:`threads` decides."""
+    default = options.get("default", f"the CPUs, at most {AT_ONCE}")
+    count = f"cases {what} at a time (default: {default}); each takes memory"
+    parser.add_argument(flag, type=int, metavar="N", help=count, **options)
+
+
+def threads(flag: str, count: int | None, least: int = 1) -> int:
+    """``count`` of an option of :func:`add_threads`, or what it is without; UserError if it is below ``least``."""
+    from vmamba.machine import cpus
+
+    if count is not None and count < least:
+        raise UserError(f"{flag} {count}: expected at least {least}")
+    return min(cpus(), AT_ONCE) if count is None else count
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import UserError
-from vmamba.tools.medseg import command
+from vmamba.tools.medseg import add_threads, command, threads
 
 EVALUATE = """examples:
   vmamba medseg evaluate DIR/labels predictions -o summary.json
@@ -26,6 +26,11 @@ def add_commands(commands: Any) -> None:
         "--convention", help="nnunet (default), or the papers': isic, synapse, acdc (default of their layouts)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing summary")
+    parser.add_argument(
+        "--chill", action="store_true", help="masks without a prediction do not count (default: refused)"
+    )
+    add_threads(parser, "-np", "compared")
+    parser.add_argument("-pfile", type=Path, metavar="plans.json", help="not needed: taken for nnU-Net's users")
 
     plot = command(commands, "plot", "draw predictions and true masks over the images", PLOT, run_plot)
     plot.add_argument("-i", "--input", type=Path, required=True, help="folder of images")
@@ -49,10 +54,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if source == beside:
         print(f"{source}: names the classes, regions and the ignore label (-djfile takes another)")
     progress = not args.no_progress
-    options = {"labels": labels, "overwrite": args.overwrite, "progress": progress}
+    count = threads("-np", args.np)
+    options = {"labels": labels, "overwrite": args.overwrite, "progress": progress, "threads": count}
     convention = args.convention or convention_of(args.truth)
     score = evaluate if convention == "nnunet" else partial(evaluate_by, convention)
-    print(table(score(args.truth, args.predicted, args.output, **options)))
+    print(table(score(args.truth, args.predicted, args.output, chill=args.chill, **options)))
     return 0
 
 

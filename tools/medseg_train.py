@@ -72,7 +72,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--val-best", "--val_best", action="store_true", help="validate checkpoint_best.pth")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring in the validation")
     parser.add_argument("--accelerator", "-device", default="auto", help="auto, cpu, gpu")
-    parser.add_argument("--devices", default="auto", help="number of devices (default: all)")
+    parser.add_argument("--devices", "-num_gpus", default="auto", help="number of devices (default: all)")
     parser.add_argument("--strategy", default="auto", help="Lightning's strategy: auto, ddp, fsdp ...")
     parser.add_argument(
         "--workers", type=int, help="processes that load and augment (default: 12 beside a GPU, else 0)"

@@ -4,7 +4,7 @@
 and ``acdc``: Dice and HD95 of each volume and class, then their mean (TransUNet's and MT-UNet's evaluation).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vmamba.medical.layout import Layout
 from vmamba.medical.layouts import find_layout
 from vmamba.medical.readers import check_pair, read_label
 from vmamba.medical.resize import RESIZERS, nearest
+from vmamba.medical.several import in_order
 
 Pair = tuple[np.ndarray, np.ndarray]
 WORDS = {
@@ -86,38 +87,49 @@ class Task:
     unit: int
     layout: Layout | None
     progress: bool
+    threads: int
 
-    def read(self) -> Iterator[tuple[Path, Path, np.ndarray, np.ndarray]]:
-        """Both files of each pair and their label values (s, h, w)."""
-        for truth, predicted in tqdm(self.pairs, desc="evaluate", unit="case", disable=not self.progress):
+    def rows(self, metrics: Callable[[Path, np.ndarray, np.ndarray], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of each pair its files and ``metrics(truth's file, truth (s, h, w), prediction (s, h, w))``."""
+
+        def row(pair: tuple[Path, Path]) -> dict[str, Any]:
+            truth, predicted = pair
             one, two = read_label(truth, 2), read_label(predicted, 2)
             check_pair(one[:, None], two, [truth], predicted)
-            yield truth, predicted, one, two
+            found = metrics(truth, one, two)
+            return {"metrics": found, "prediction_file": str(predicted), "reference_file": str(truth)}
+
+        done = in_order(row, self.pairs, self.threads)
+        return list(tqdm(done, "evaluate", len(self.pairs), unit="case", disable=not self.progress))
 
 
 def _isic(task: Task) -> dict[str, Any]:
     size = task.layout.scored_at if task.layout else None
-    cases = []
-    for truth, predicted, one, two in task.read():
+
+    def metrics(truth: Path, one: np.ndarray, two: np.ndarray) -> dict[str, Any]:
         if task.layout:
             one = task.layout.label(truth)
         if size:
             one, two = RESIZERS["bilinear"].label(one, size), nearest(two, size)
-        cases.append(_row(truth, predicted, {"1": counts(one > 0, two > 0)}))
+        return {"1": counts(one > 0, two > 0)}
+
+    cases = task.rows(metrics)
     words = WORDS["isic"] + (f"; compared at {size[0]} x {size[1]}, as the papers do" if size else "")
     figures = shares([case["metrics"]["1"] for case in cases])
     return {"conventions": words, "pooled": figures, "images": len(cases), "metric_per_case": cases}
 
 
 def _volumes(task: Task) -> dict[str, Any]:
-    labels, cases = task.labels, []
-    for truth, predicted, one, two in task.read():
+    labels = task.labels
+
+    def metrics(_: Path, one: np.ndarray, two: np.ndarray) -> dict[str, Any]:
         one, two = one // task.unit, two // task.unit
-        metrics = {
+        return {
             key: volume_scores(np.isin(one, values), np.isin(two, values))
             for key, values in zip(labels.keys, labels.targets, strict=True)
         }
-        cases.append(_row(truth, predicted, metrics))
+
+    cases = task.rows(metrics)
     mean = {k: {m: float(np.mean([c["metrics"][k][m] for c in cases])) for m in ("Dice", "HD95")} for k in labels.keys}
     total = {m: float(np.mean([row[m] for row in mean.values()])) for m in ("Dice", "HD95")}
     names = dict(zip(labels.keys, labels.names, strict=True))
@@ -125,10 +137,6 @@ def _volumes(task: Task) -> dict[str, Any]:
         **{"conventions": WORDS["volumes"], "names": names, "foreground_mean": total, "mean": mean},
         "metric_per_case": cases,
     }
-
-
-def _row(truth: Path, predicted: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    return {"metrics": metrics, "prediction_file": str(predicted), "reference_file": str(truth)}
 
 
 BY_NAME: dict[str, Callable[[Task], dict[str, Any]]] = {"isic": _isic, "synapse": _volumes, "acdc": _volumes}
@@ -143,17 +151,20 @@ def evaluate_by(
     labels: LabelSet | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    threads: int = 1,
+    chill: bool = False,
 ) -> dict[str, Any]:
     """The summary of two folders of masks by the convention ``name``; written with a .csv if ``output`` is given.
 
-    ``truth`` may be the folder of a paper's layout: its tested cases, classes and size are taken.
+    ``truth`` may be the folder of a paper's layout: its tested cases, classes and size are taken. The options are those
+    of :func:`vmamba.medical.evaluate.evaluate`.
     """
     if name not in BY_NAME:
         raise UserError(f"--convention {name}: unknown; choose from nnunet, {', '.join(BY_NAME)}")
     check_new(output, overwrite)
-    pairs = paired(truth, predicted)
+    pairs = paired(truth, predicted, chill)
     labels, unit = classes_or(labels, truth, pairs)
-    summary = BY_NAME[name](Task(pairs, labels, unit, find_layout(truth), progress))
+    summary = BY_NAME[name](Task(pairs, labels, unit, find_layout(truth), progress, threads))
     return write_summary(output, {"convention": name, **summary})
 
 

@@ -15,7 +15,9 @@ from vmamba.medical.written import drop_masks, npz
 from vmamba.safety import only_writer, replacing
 
 
-def gather(model: ModelFolder, dataset: RawDataset, folds: Sequence[str], *, progress: bool = True) -> dict[str, Any]:
+def gather(
+    model: ModelFolder, dataset: RawDataset, folds: Sequence[str], *, progress: bool = True, threads: int = 1
+) -> dict[str, Any]:
     """Writes crossval_results_folds_0_1_... with summary.json, its .csv and postprocessing.json; returns the summary.
 
     UserError if a fold has not been validated or two folds validated one case.
@@ -42,11 +44,11 @@ def gather(model: ModelFolder, dataset: RawDataset, folds: Sequence[str], *, pro
             for source in (path, npz(path)):
                 if source.exists():
                     with replacing(output / source.name) as partial:
-                        shutil.copyfile(source, partial)
+                        shutil.copy2(source, partial)  # with its time, by which an ensemble knows what is newer
             pairs.append((truths[name], output / name))
-        summary = evaluate_pairs(pairs, dataset.labels, progress=progress)
+        summary = evaluate_pairs(pairs, dataset.labels, progress=progress, threads=threads)
         write_plain(output / "dataset.json", dataset.json)
-        write_plain(output / FILE, decide(pairs, dataset.labels, progress))
+        write_plain(output / FILE, decide(pairs, dataset.labels, progress, threads))
         write_json(output / "summary.json", summary)
         write_csv(output / "summary.csv", summary)
     return summary

@@ -1,6 +1,8 @@
 """Ensembles of models: the mean of the probabilities that several predictions kept."""
 
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,20 @@ from vmamba.medical.labelset import LabelSet, label_set
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.readers import write_mask
-from vmamba.medical.written import complete, save_probabilities, say_kept
+from vmamba.medical.several import in_order
+from vmamba.medical.written import complete, npz, save_probabilities, say_kept
 from vmamba.safety import only_writer
 
 AXIS = 2
 
 
-def ensemble(folders: Sequence[Path], output: Path, *, keep: bool, overwrite: bool, progress: bool) -> list[Path]:
-    """Averages NAME.npz of all ``folders`` into ``output``/NAME.ext; UserError if a case or a file is missing."""
+def ensemble(
+    folders: Sequence[Path], output: Path, *, keep: bool, overwrite: bool, progress: bool, threads: int = 1
+) -> list[Path]:
+    """Averages NAME.npz of all ``folders`` into ``output``/NAME.ext, ``threads`` cases at a time.
+
+    UserError if a case or a file is missing.
+    """
     if len(folders) < 2:
         raise UserError(
             f"{len(folders)} folder(s) to combine; expected at least two, predicted with --save_probabilities"
@@ -39,15 +47,16 @@ def ensemble(folders: Sequence[Path], output: Path, *, keep: bool, overwrite: bo
         kept = {m for m in masks.values() if not overwrite and complete(output / m.name, keep)}
         sources = [folder / f"{name}.npz" for folder in folders for name in masks]
         say_kept(output, [output / m.name for m in kept], len(masks), sources)
-        for name, mask in tqdm(masks.items(), desc="ensemble", unit="case", disable=not progress):
-            if mask not in kept:
-                _one([folder / f"{name}.npz" for folder in folders], mask, output / mask.name, labels, keep)
+        todo = [mask for mask in masks.values() if mask not in kept]
+        with closing(in_order(partial(_one, folders, output, labels, keep), todo, threads)) as done:
+            for _ in tqdm(done, desc="ensemble", total=len(todo), unit="case", disable=not progress):
+                pass
         write_plain(output / "dataset.json", dataset)
     return [output / mask.name for mask in masks.values()]
 
 
-def _one(files: Sequence[Path], like: Path, target: Path, labels: LabelSet, keep: bool) -> None:
-    total = None
+def _one(folders: Sequence[Path], output: Path, labels: LabelSet, keep: bool, like: Path) -> None:
+    files, target, total = [npz(folder / like.name) for folder in folders], output / like.name, None
     for path in files:
         maps = read_probabilities(path)
         if total is not None and total.shape != maps.shape:

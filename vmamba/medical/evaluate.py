@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vmamba.medical.labelset import LabelSet, classes
 from vmamba.medical.layouts import find_layout
 from vmamba.medical.readers import check_pair, read_label
 from vmamba.medical.runs import write_json
+from vmamba.medical.several import in_order
 from vmamba.safety import replacing
 
 CONVENTIONS = {
@@ -36,16 +38,19 @@ def evaluate(
     labels: LabelSet | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    threads: int = 1,
+    chill: bool = False,
 ) -> dict:
     """Compares the masks of two folders by name; writes summary.json and the .csv beside it if ``output`` is given.
 
     ``truth`` may also be the folder of a paper's layout. ``labels`` are those of a dataset.json; without them the
-    classes are those of the layout, or the values found.
+    classes are those of the layout, or the values found. ``threads`` cases are compared at a time. ``chill``: masks
+    without a prediction do not count.
     """
     check_new(output, overwrite)
-    pairs = paired(truth, predicted)
+    pairs = paired(truth, predicted, chill)
     labels, unit = classes_or(labels, truth, pairs)
-    result = evaluate_pairs(pairs, labels, unit=unit, progress=progress)
+    result = evaluate_pairs(pairs, labels, unit=unit, progress=progress, threads=threads)
     return write_summary(output, {"convention": "nnunet", **result})
 
 
@@ -73,9 +78,10 @@ def classes_or(labels: LabelSet | None, truth: Path, pairs: Sequence[tuple[Path,
     return (labels, 1) if labels else classes_of(pairs)
 
 
-def paired(truth: Path, predicted: Path) -> list[tuple[Path, Path]]:
+def paired(truth: Path, predicted: Path, chill: bool = False) -> list[tuple[Path, Path]]:
     """(truth, prediction) files of the same names in two folders; UserError if a mask has no prediction.
 
+    With ``chill`` such masks are counted in a line, and UserError is for folders where all are of that kind.
     ``truth`` may hold masks, files of arrays, or a paper's layout, whose tested cases are taken.
     """
     layout = find_layout(truth)
@@ -86,20 +92,23 @@ def paired(truth: Path, predicted: Path) -> list[tuple[Path, Path]]:
     guesses = list_images(predicted, LABELS)
     if not references:
         raise UserError(f"{truth}: holds no masks; expected files ending in {', '.join(LABELS)}")
-    for name, path in references.items():
-        if name not in guesses:
-            raise UserError(
-                f"{path}: has no prediction; expected {predicted / name}.* ({len(guesses)} other file(s) there)"
-            )
-    return [(path, guesses[name]) for name, path in references.items()]
+    alone = [name for name in references if name not in guesses]
+    if alone and not (chill and len(alone) < len(references)):
+        name = alone[0]
+        raise UserError(
+            f"{references[name]}: has no prediction; expected {predicted / name}.* ({len(guesses)} other file(s) there)"
+        )
+    if alone:
+        print(f"{truth}: {len(alone)} of {len(references)} masks have no prediction and do not count (--chill)")
+    return [(path, guesses[name]) for name, path in references.items() if name in guesses]
 
 
 def evaluate_pairs(
-    pairs: Sequence[tuple[Path, Path]], labels: LabelSet, *, unit: int = 1, progress: bool = True
+    pairs: Sequence[tuple[Path, Path]], labels: LabelSet, *, unit: int = 1, progress: bool = True, threads: int = 1
 ) -> dict[str, Any]:
-    """The summary of (truth, prediction) files, whose values are classes times ``unit``."""
-    bar = tqdm(pairs, desc="evaluate", unit="case", disable=not progress)
-    return summarise([_case(truth, predicted, labels, unit) for truth, predicted in bar])
+    """The summary of (truth, prediction) files, whose values are classes times ``unit``; ``threads`` at a time."""
+    compared = in_order(partial(_case, labels, unit), pairs, threads)
+    return summarise(list(tqdm(compared, "evaluate", len(pairs), unit="case", disable=not progress)))
 
 
 def scores(truth: np.ndarray, predicted: np.ndarray, labels: LabelSet) -> dict[str, dict[str, float]]:
@@ -146,7 +155,8 @@ def classes_of(pairs: Sequence[tuple[Path, Path]]) -> tuple[LabelSet, int]:
     return classes(max(values[-1], 1)), 1
 
 
-def _case(truth: Path, predicted: Path, labels: LabelSet, unit: int) -> dict[str, Any]:
+def _case(labels: LabelSet, unit: int, pair: tuple[Path, Path]) -> dict[str, Any]:
+    truth, predicted = pair
     one, two = read_label(truth, 0), read_label(predicted, 0)
     check_pair(one[:, None], two, [truth], predicted)
     for path, label in ((truth, one), (predicted, two)):

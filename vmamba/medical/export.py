@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,15 @@ def _file_probabilities(
     return maps.permute(0, *(i + 1 for i in plans["transpose_backward"]))
 
 
-def save_case(target: Path, probabilities: Tensor, labels: LabelSet, like: Path, *, keep: bool) -> None:
-    """Writes the mask, after NAME.npz with the probabilities if ``keep``: a mask says that its case is complete.
+def decided(probabilities: Tensor, labels: LabelSet, keep: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Label values (z, y, x), decided where the probabilities lie, and if ``keep`` these: both in main memory."""
+    return labels.label_map(probabilities), probabilities.cpu().numpy() if keep else None
 
-    Without ``keep`` the probabilities of an earlier mask go.
+
+def save_case(target: Path, label: np.ndarray, probabilities: np.ndarray | None, like: Path) -> None:
+    """Writes the mask, after NAME.npz with the probabilities if there are any: a mask says that its case is complete.
+
+    Without them those of an earlier mask go.
     """
-    save_probabilities(target, original_axes(probabilities.cpu().numpy(), like) if keep else None)
-    write_label(target, labels.label_map(probabilities), like)
+    save_probabilities(target, None if probabilities is None else original_axes(probabilities, like))
+    write_label(target, label, like)

@@ -26,6 +26,15 @@ INFORMATION, INSTRUCTIONS = "inference_information.json", "inference_instruction
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How it is done: progress bars, cases worked on ``threads`` at a time, a pair's masks made anew or kept."""
+
+    progress: bool = True
+    threads: int = 1
+    overwrite: bool = True
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One model or two, and the folder of their cross-validation's predictions."""
 
@@ -67,21 +76,21 @@ def find_best(
     folds: Sequence[str],
     *,
     pairs: bool = True,
-    progress: bool = True,
+    manner: Manner | None = None,
 ) -> dict[str, Any]:
     """Scores models and pairs, chooses, and writes both files into ``results``; returns inference_information.json.
 
     UserError if a fold is not validated, or, with ``pairs``, its probabilities were not kept.
     """
-    found = []
+    found, manner = [], manner or Manner()
     for model in models:
-        summary = gather(model, dataset, folds, progress=progress)
+        summary = gather(model, dataset, folds, progress=manner.progress, threads=manner.threads)
         folder = model.folder / f"crossval_results_folds_{'_'.join(folds)}"
         found.append(Candidate((model,), folder, summary["foreground_mean"]["Dice"]))
     if pairs:
-        found += [_pair(results, dataset, one, two, folds, progress) for one, two in combinations(found, 2)]
+        found += [_pair(results, dataset, one, two, folds, manner) for one, two in combinations(found, 2)]
     best = max(found, key=lambda candidate: candidate.dice)
-    after = _postprocessing(best, dataset, progress)
+    after = _postprocessing(best, dataset, manner)
     information = {
         "folds": list(folds),
         "dataset_name_or_id": dataset.name,
@@ -104,7 +113,7 @@ def find_best(
 
 
 def _pair(
-    results: Path, dataset: RawDataset, one: Candidate, two: Candidate, folds: Sequence[str], progress: bool
+    results: Path, dataset: RawDataset, one: Candidate, two: Candidate, folds: Sequence[str], manner: Manner
 ) -> Candidate:
     models = (*one.models, *two.models)
     name = "___".join(["ensemble", *(model.folder.name for model in models), "_".join(folds)])
@@ -114,9 +123,10 @@ def _pair(
         if lost:
             advice = "train with --npz (or --val --npz), or compare with --disable_ensembling"
             raise UserError(f"{part}: the probabilities of {lost[0]} were not kept; {advice}")
-    masks = ensemble([one.folder, two.folder], folder, keep=False, overwrite=True, progress=progress)
+    options = {"progress": manner.progress, "threads": manner.threads}
+    masks = ensemble([one.folder, two.folder], folder, keep=False, overwrite=manner.overwrite, **options)
     with only_writer(folder):
-        summary = evaluate_pairs(_truths(dataset, masks), dataset.labels, progress=progress)
+        summary = evaluate_pairs(_truths(dataset, masks), dataset.labels, **options)
         write_json(folder / "summary.json", summary)
         write_csv(folder / "summary.csv", summary)
     return Candidate(models, folder, summary["foreground_mean"]["Dice"])
@@ -128,13 +138,13 @@ def _truths(dataset: RawDataset, masks: Sequence[Path]) -> list[tuple[Path, Path
     return [(truth, path) for path in masks if (truth := labels.get(path.name)) is not None]
 
 
-def _postprocessing(best: Candidate, dataset: RawDataset, progress: bool) -> float:
+def _postprocessing(best: Candidate, dataset: RawDataset, manner: Manner) -> float:
     """Chosen for a pair (a single model's cross-validation did); the mean Dice after it."""
     rule = best.folder / FILE
     if len(best.models) > 1:
         pairs = _truths(dataset, sorted(best.folder.glob(f"*{dataset.ending}")))
         with only_writer(best.folder):
-            write_plain(rule, decide(pairs, dataset.labels, progress))
+            write_plain(rule, decide(pairs, dataset.labels, manner.progress, manner.threads))
     after = [dice for dice in read_json(rule)["Dice"]["after"].values() if dice is not None]
     return sum(after) / max(len(after), 1)
 

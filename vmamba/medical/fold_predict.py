@@ -1,7 +1,6 @@
 """Prediction with the folds of a model folder: cases in nnU-Net's names in, label maps of the same geometry out."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import torch
 from tqdm import tqdm
 
 from vmamba.errors import UserError
-from vmamba.medical.export import file_probabilities, save_case
+from vmamba.medical.export import decided, file_probabilities, save_case
 from vmamba.medical.model_folder import ModelFolder, Trained, load_model, write_plain
 from vmamba.medical.preprocess import Crop, preprocess_case
 from vmamba.medical.raw import channel_files
+from vmamba.medical.several import behind, in_order
 from vmamba.medical.volume import read_volume
 from vmamba.medical.window import Window, volume_logits
 from vmamba.medical.written import complete, record, say_kept
@@ -22,13 +22,18 @@ from vmamba.safety import only_writer
 
 @dataclass
 class Wish:
-    """What is written, and which share of the cases: those whose number modulo ``parts`` is ``part``."""
+    """What is written, and which share of the cases: those whose number modulo ``parts`` is ``part``.
+
+    ``readers`` cases are read and preprocessed while others are predicted, ``writers`` are written; 0: in turn.
+    """
 
     probabilities: bool = False
     overwrite: bool = False
     parts: int = 1
     part: int = 0
     progress: bool = True
+    readers: int = 1
+    writers: int = 1
 
 
 def load_folds(
@@ -72,25 +77,22 @@ def predict_folder(
         todo = [(files, t) for (_, files), t in zip(groups, targets, strict=True) if t not in kept]
         say_kept(output, kept, len(targets), [one.source for one in trained])
         bar = tqdm(todo, desc="predict", unit="case", disable=not wish.progress)
-        for (files, target), (data, crop) in zip(bar, _prepared(model, [files for files, _ in todo]), strict=True):
-            logits = volume_logits(trained, torch.from_numpy(data), window)
-            maps = file_probabilities(logits, crop, model.labels, model.plans, model.configuration)
-            save_case(target, maps, model.labels, files[0], keep=wish.probabilities)
+        prepared = _prepared(model, [files for files, _ in todo], wish.readers)
+        with behind(wish.writers) as begin:
+            for (files, target), (data, crop) in zip(bar, prepared, strict=True):
+                logits = volume_logits(trained, torch.from_numpy(data), window)
+                maps = file_probabilities(logits, crop, model.labels, model.plans, model.configuration)
+                begin(save_case, target, *decided(maps, model.labels, wish.probabilities), files[0])
     return targets
 
 
-def _prepared(model: ModelFolder, cases: Sequence[Sequence[Path]]) -> Iterator[tuple[np.ndarray, Crop]]:
-    """The cases as the networks see them; each is read while the one before is predicted."""
+def _prepared(
+    model: ModelFolder, cases: Sequence[Sequence[Path]], readers: int = 1
+) -> Iterator[tuple[np.ndarray, Crop]]:
+    """The cases as the networks see them; so many are read while one before them is predicted."""
 
     def read(files: Sequence[Path]) -> tuple[np.ndarray, Crop]:
         data, _, crop = preprocess_case(read_volume(files, model.channels), None, model.plans, model.configuration)
         return data, crop
 
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for files in cases:
-            waiting, ready = pool.submit(read, files), waiting
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()
+    return in_order(read, cases, readers, readers)

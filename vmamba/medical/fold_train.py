@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from vmamba.errors import UserError
 from vmamba.medical.callbacks import Bar, Keep, MetricsFile, read_metrics
 from vmamba.medical.evaluate import evaluate_pairs
-from vmamba.medical.export import file_probabilities, save_case
+from vmamba.medical.export import decided, file_probabilities, save_case
 from vmamba.medical.fold_module import CLIP, FoldModule, FoldSettings
 from vmamba.medical.folds import fold_cases
 from vmamba.medical.imagenet import load_start
@@ -195,4 +195,4 @@ def predict_stored(
     """Predicts a preprocessed case into ``target``."""
     out = volume_logits(trained, torch.from_numpy(case.data[:].copy()), window)
     maps = file_probabilities(out, case.crop, model.labels, model.plans, model.configuration)
-    save_case(target, maps, model.labels, like, keep=keep)
+    save_case(target, *decided(maps, model.labels, keep), like)

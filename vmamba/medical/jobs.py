@@ -33,16 +33,27 @@ class Job:
 
 
 def write_plans(
-    places: Places, which: str, name: str, memory: float, *, overwrite: bool, progress: bool
+    places: Places,
+    which: str,
+    name: str,
+    memory: float,
+    *,
+    overwrite: bool,
+    progress: bool,
+    threads: int = 1,
+    spacing: Sequence[float] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Checks every case and writes fingerprint and plans; an existing plans file is kept unless ``overwrite``."""
+    """Checks every case and writes fingerprint and plans; an existing plans file is kept unless ``overwrite``.
+
+    ``threads`` cases are read at a time; ``memory`` and ``spacing`` are those of :func:`make_plans`.
+    """
     dataset = find_dataset(places, which)
     folder = places.preprocessed / dataset.name
     path = folder / f"{name}.json"
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; use it, give another name with -p, or replace it with --overwrite")
-    found = fingerprint(dataset, progress)
-    plans = make_plans(dataset, found, name, memory)
+    found = fingerprint(dataset, progress, threads)
+    plans = make_plans(dataset, found, name, memory, spacing)
     with only_writer(folder):
         write_plain(folder / "dataset.json", dataset.json)
         write_plain(folder / FINGERPRINT, found)

@@ -3,8 +3,9 @@
 The file is nnU-Net's nnUNetPlans.json, so that either program can read the other's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from vmamba.errors import UserError
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.topology import Topology, architecture, topology
+from vmamba.medical.volume import FLAT
 
 ANISOTROPIC = 3.0  # an axis this much coarser than the others is treated apart
 REFERENCE = {2: (8.5e7, 12), 3: (5.6e8, 2)}  # feature-map size and its batch at 8 GB
@@ -30,15 +32,22 @@ SCHEMES = {
 _RESAMPLE = {"order_z": 0, "force_separate_z": None}
 
 
-def make_plans(dataset: RawDataset, found: dict[str, Any], name: str, memory: float = REFERENCE_GB) -> dict[str, Any]:
+def make_plans(
+    dataset: RawDataset,
+    found: dict[str, Any],
+    name: str,
+    memory: float = REFERENCE_GB,
+    spacing: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """plans.json as a dictionary, for 2d and, unless the images are flat, 3d_fullres and perhaps 3d_lowres.
 
     Args:
         dataset: whose labels and channels it is for. found: its fingerprint.
         name: the plans' name. memory: GPU memory to plan for, in GB.
+        spacing: mm of a voxel along z, y, x that 3d_fullres has, and 2d in its plane; None: by the rules.
     """
     spacings, shapes = np.array(found["spacings"], float), np.array(found["shapes_after_crop"], float)
-    target = target_spacing(spacings, shapes)
+    target = target_spacing(spacings, shapes) if spacing is None else _asked(spacing, spacings, shapes)
     coarsest = int(np.argmax(target))
     forward = [coarsest, *(i for i in range(3) if i != coarsest)]
     resampled = np.rint(shapes * spacings / target)
@@ -95,6 +104,30 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
         fine = np.percentile(spacings[:, worst], 10)
         target[worst] = fine if fine >= coarsest else coarsest + 1e-5
     return target
+
+
+def check_spacing(spacing: Sequence[float]) -> None:
+    """UserError unless it is three lengths."""
+    if len(spacing) != 3 or not all(isfinite(n) and n > 0 for n in spacing):
+        raise UserError(f"{_option(spacing)}: expected three numbers above 0, the mm of a voxel along z, y and x")
+
+
+def _asked(target: Sequence[float], spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """``target`` (3,), after checking that images of these spacings (n, 3) and shapes (n, 3) can have it: UserError."""
+    check_spacing(target)
+    if (spacings[:, 0] == FLAT).all() and target[0] != FLAT:
+        flat = _option([FLAT, *target[1:]])
+        raise UserError(f"{_option(target)}: the images are flat, nothing lies along z; expected {flat}")
+    sizes = np.rint(shapes * spacings / target)
+    least = np.unravel_index(sizes.argmin(), sizes.shape)
+    if sizes[least] < 1:
+        side = f"{shapes[least] * spacings[least]:g} mm along {'zyx'[least[1]]}"
+        raise UserError(f"{_option(target)}: leaves nothing of an image of {side}; expected smaller voxels")
+    return np.array(target, float)
+
+
+def _option(spacing: Sequence[float]) -> str:
+    return f"-overwrite_target_spacing {' '.join(f'{n:g}' for n in spacing)}"
 
 
 @dataclass(frozen=True)

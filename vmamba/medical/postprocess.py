@@ -1,6 +1,8 @@
 """Post-processing by nnU-Net's rule: keep the largest component, of all foreground and of a class, where it helps."""
 
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from vmamba.medical.labelset import LabelSet, classes, label_set
 from vmamba.medical.model_folder import write_plain
 from vmamba.medical.raw import read_dataset_json
 from vmamba.medical.readers import read_label, write_mask
+from vmamba.medical.several import in_order
 from vmamba.medical.written import say_kept
 from vmamba.safety import only_writer
 
@@ -31,19 +34,25 @@ def keep_largest(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
     return np.where((numbers > 0) & (numbers != largest), 0, label)
 
 
-def decide(pairs: Sequence[tuple[Path, Path]], labels: LabelSet, progress: bool = True) -> dict[str, Any]:
+def decide(
+    pairs: Sequence[tuple[Path, Path]], labels: LabelSet, progress: bool = True, threads: int = 1
+) -> dict[str, Any]:
     """Which targets to reduce to their largest component, from (truth, prediction) files of the cross-validation.
 
     All foreground if that raises the mean Dice and lowers that of no target; then each target whose Dice rises.
-    Returns ``steps``, lists of label values, and the mean Dice before and after.
+    Returns ``steps``, lists of label values, and the mean Dice before and after. ``threads`` cases are worked on at a
+    time; all are in memory.
     """
-    predicted = {two: read_label(two, AXIS) for _, two in pairs}
-    truths = [read_label(one, AXIS) for one, _ in pairs]
+    read = partial(read_label, axis=AXIS)
+    truths, predicted = (list(in_order(read, side, threads)) for side in zip(*pairs, strict=True))
 
     def dice(step: Sequence[int]) -> tuple[list[np.ndarray], dict[str, Any]]:
-        maps = [keep_largest(label, step) if step else label for label in predicted.values()]
-        cases = [{"metrics": scores(t, p, labels)} for t, p in zip(truths, maps, strict=True)]
-        return maps, summarise(cases)
+        def one(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
+            reduced = keep_largest(pair[1], step) if step else pair[1]
+            return reduced, {"metrics": scores(pair[0], reduced, labels)}
+
+        maps, cases = zip(*in_order(one, zip(truths, predicted, strict=True), threads), strict=True)
+        return list(maps), summarise(list(cases))
 
     _, start = dice(())
     now, steps = start, []
@@ -53,7 +62,7 @@ def decide(pairs: Sequence[tuple[Path, Path]], labels: LabelSet, progress: bool 
             continue
         maps, then = dice(values)
         if (_helps_all if number == 0 else _helps(labels.keys[number - 1]))(now, then):
-            predicted, now = dict(zip(predicted, maps, strict=True)), then
+            predicted, now = maps, then
             steps.append(values)
     figures = {key: {k: m["Dice"] for k, m in s["mean"].items()} for key, s in (("before", start), ("after", now))}
     return {
@@ -63,18 +72,20 @@ def decide(pairs: Sequence[tuple[Path, Path]], labels: LabelSet, progress: bool 
     }
 
 
-def decide_folders(truth: Path, predicted: Path, progress: bool = True) -> dict[str, Any]:
-    """:func:`decide` for the masks of two folders; labels by ``predicted``/dataset.json if there is one."""
+def decide_folders(
+    truth: Path, predicted: Path, progress: bool = True, *, description: Path | None = None, threads: int = 1
+) -> dict[str, Any]:
+    """:func:`decide` for the masks of two folders; labels by a dataset.json, ``predicted``'s if it has one."""
     references, guesses = list_images(truth, LABELS), list_images(predicted, LABELS)
     pairs = [(references[name], path) for name, path in guesses.items() if name in references]
     if not pairs:
         raise UserError(f"{truth}: no mask of the same name as one of {predicted}")
-    source = predicted / "dataset.json"
-    if source.exists():
+    source = description or predicted / "dataset.json"
+    if description or source.exists():
         labels = label_set(read_dataset_json(source), str(source))
     else:
         labels = classes(max(int(read_label(path, AXIS).max()) for pair in pairs for path in pair) or 1)
-    return decide(pairs, labels, progress)
+    return decide(pairs, labels, progress, threads)
 
 
 def _helps_all(before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -96,8 +107,13 @@ def read_steps(path: Path) -> list[list[int]]:
     return steps
 
 
-def apply(folder: Path, output: Path, steps: Sequence[Sequence[int]], *, overwrite: bool, progress: bool) -> list[Path]:
-    """Every mask of ``folder`` through the steps into ``output``; UserError if it holds masks made by other steps."""
+def apply(
+    folder: Path, output: Path, steps: Sequence[Sequence[int]], *, overwrite: bool, progress: bool, threads: int = 1
+) -> list[Path]:
+    """Every mask of ``folder`` through the steps into ``output``, ``threads`` at a time.
+
+    UserError if it holds masks made by other steps.
+    """
     masks = list_images(folder, LABELS)
     if not masks:
         raise UserError(f"{folder}: holds no predictions")
@@ -110,12 +126,17 @@ def apply(folder: Path, output: Path, steps: Sequence[Sequence[int]], *, overwri
             raise UserError(f"{output}: holds masks made by other steps; replace them with --overwrite")
         say_kept(output, [output / path.name for path in kept], len(masks), masks.values())
         write_plain(output / FILE, {"steps": wanted})
-        for path in tqdm(masks.values(), desc="postprocess", unit="case", disable=not progress):
-            if path not in kept:
-                label = read_label(path, AXIS)
-                for step in steps:
-                    label = keep_largest(label, step)
-                write_mask(output / path.name, label, path, AXIS)
+        todo = [path for path in masks.values() if path not in kept]
+        with closing(in_order(partial(_one, output, steps), todo, threads)) as done:
+            for _ in tqdm(done, desc="postprocess", total=len(todo), unit="case", disable=not progress):
+                pass
         if (folder / "dataset.json").exists():
             write_plain(output / "dataset.json", read_dataset_json(folder / "dataset.json"))
     return [output / path.name for path in masks.values()]
+
+
+def _one(output: Path, steps: Sequence[Sequence[int]], path: Path) -> None:
+    label = read_label(path, AXIS)
+    for step in steps:
+        label = keep_largest(label, step)
+    write_mask(output / path.name, label, path, AXIS)

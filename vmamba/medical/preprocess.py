@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from vmamba.medical.fingerprint import inside
 from vmamba.medical.plan import Configuration
 from vmamba.medical.raw import RawDataset
 from vmamba.medical.resample import coarse_axis, resample, resample_labels, resampled_shape
+from vmamba.medical.several import in_order
 from vmamba.medical.volume import Volume, read_case
 from vmamba.safety import only_writer, replacing
 
@@ -116,14 +117,9 @@ def preprocess(
             assert label is not None
             store(folder, case.name, data, label, crop, made)
 
-    with only_writer(folder), ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(make, case) for case in cases]
-        try:
-            done = as_completed(waiting)
-            for one in tqdm(done, desc=f"preprocess {c.name}", total=len(cases), unit="case", disable=not progress):
-                one.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with only_writer(folder), closing(in_order(make, cases, threads)) as done:
+        for _ in tqdm(done, desc=f"preprocess {c.name}", total=len(cases), unit="case", disable=not progress):
+            pass
     return [case.name for case in cases]
 
 

@@ -25,7 +25,7 @@ class Window:
 
     ``batch`` windows go through the network at once; None: as many as :data:`VOXELS` holds, at least one.
     ``precision`` is one of :data:`CAST`; auto is bf16-mixed on a GPU that computes in bfloat16, 32-true elsewhere.
-    Sums and logits are float32 whatever it is.
+    Sums and logits are float32 whatever it is; they lie on the device while there is space, with ``host`` never.
     """
 
     step: float = 0.5
@@ -33,6 +33,7 @@ class Window:
     batch: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = AUTO
+    host: bool = False
 
     def __post_init__(self) -> None:
         if self.precision == AUTO:
@@ -55,7 +56,7 @@ def mirrors(axes: Sequence[int]) -> list[tuple[int, ...]]:
 def volume_logits(models: Sequence[Trained], data: Tensor, window: Window) -> Tensor:
     """Mean logits (k, z, y, x) of the models for an image (c, z, y, x); a 2D network sees every slice of z.
 
-    They lie on the window's device, or in main memory if there is no space for them there.
+    They lie on the window's device, or in main memory if that is wished or there is no space for them there.
     """
     total = None
     for model in models:
@@ -72,11 +73,12 @@ def volume_logits(models: Sequence[Trained], data: Tensor, window: Window) -> Te
 def _slide(model: Trained, batch: Tensor, window: Window) -> Tensor:
     """Logits (n, k, *grid); where memory does not suffice, fewer windows at once, then their sum in main memory."""
     count, host = window.windows(model.patch), torch.device("cpu")
+    place = host if window.host else window.device
     flips = [tuple(axis + 2 for axis in axes) for axes in (mirrors(model.mirrored) if window.mirror else [()])]
     run = _network(model.network, flips, window)
     for together in dict.fromkeys((count, max(count // 4, 1))):
         try:
-            return _cover(run, model, batch, window, together, window.device)
+            return _cover(run, model, batch, window, together, place)
         except torch.OutOfMemoryError:
             pass  # what the attempt holds is let go when this block ends
         torch.cuda.empty_cache()
