@@ -6,52 +6,22 @@
 // tile and state. Delta is projected by the tensor cores (tf32). What a tile needs is loaded one tile ahead.
 // The backward walks from the end: it runs a tile again from the state kept before it, and the adjoint the other way.
 //
-// Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, WHOLE (a route visits every pixel), blocks per
+// Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, LOG_A, WHOLE (a route visits every pixel), blocks per
 // multiprocessor, and the bytes of shared memory that a block takes.
 
-typedef unsigned short u16;
-constexpr int WARPS = 8, STEPS = 8, TILE = WARPS * STEPS, KS = (R + 7) / 8, WIDTH = R + 2 * N;
+#include "scan2d_common.cu"
+
+constexpr int WARPS = 8, STEPS = 8, TILE = WARPS * STEPS;
 constexpr unsigned ALL = 0xffffffffu;
-
-__device__ __forceinline__ unsigned tf32(float v) {
-    unsigned f;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(f) : "f"(v));
-    return f;
-}
-
-// d (16 channels x 8 steps) += a (16 x 8 ranks) b (8 ranks x 8 steps)
-__device__ __forceinline__ void mma(float (&d)[4], float4 a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.y)), "r"(__float_as_uint(a.z)), "r"(__float_as_uint(a.w)),
-          "r"(b0), "r"(b1));
-}
 
 // What a warp loads of its 8 steps' projections, as it comes from memory
 struct Loaded {
     u16 factor[2 * KS], bc[(STEPS * 2 * N + 31) / 32];
 };
 
-// Lane j holds of step j % 8 the pixel, p for none (a padding zero, or past the route's end).
+// Lane j holds of step j % 8 the pixel
 __device__ __forceinline__ int pixel_at(const int* route, int at, int length, int p) {
-    int step = at + (threadIdx.x & 7);
-    return step < length ? __ldg(route + step) : p;
-}
-
-// A as it is used, of A or of log(-A)
-__device__ __forceinline__ float decay(float v) { return LOG_A ? -expf(v) : v; }
-
-// A load that stays where it is written: ahead of the computation that hides it.
-__device__ __forceinline__ u16 fetch(const u16* base, unsigned offset) {
-    u16 v;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"((const char*)base + offset));
-    return v;
-}
-
-// A pointer whose origin the compiler does not know: it keeps it rather than computing it again at every use.
-template <typename V> __device__ __forceinline__ V* kept_pointer(V* p) {
-    asm("" : "+l"(p));
-    return p;
+    return pixel_of(route, at + (threadIdx.x & 7), length, p);
 }
 
 // Rows of projected for a warp's steps; where there is no pixel, those of pixel 0.
@@ -76,18 +46,8 @@ template <typename V> __device__ __forceinline__ void fetch_rows(V (*to)[32], co
     for (int i = 0; i < STEPS * CHUNKS / 32; i++) {
         int v = i * 32 + (threadIdx.x & 31), j = v / CHUNKS, q = v % CHUNKS * EACH, at = __shfl_sync(ALL, pixel, j);
         bool there = at < p && q < room;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(&to[j][q])),
-                     "l"(map + (there ? at * d + q : 0)), "r"(there ? 16 : 0)
-                     : "memory");
+        copy_16(&to[j][q], map + (there ? at * d + q : 0), there);
     }
-}
-
-__device__ __forceinline__ void fetched() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until all fetches but the last group's have arrived, for the whole warp.
-__device__ __forceinline__ void wait_for_older() {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    __syncwarp();
 }
 
 // The rows in shared memory to their pixels of a map.
@@ -515,49 +475,5 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             for (int v = 0; v < WARPS; v++) total += n < N ? m.dA[v][n][lane] : m.sum[n - N][v][lane];
             if (in_c) (n < N ? dA[(at + c) * N + n] : n == N ? dD[at + c] : dbias[at + c]) = total;
         }
-    }
-}
-
-// to[i] = the sum of from's slices: `slices` of `groups` parts each; a part holds `part` numbers of every slice. Where
-// `logs` is given, log(-A), the sum is a gradient of A and to[i] that of log(-A).
-template <typename V>
-__device__ __forceinline__ void total(const float* from, V* to, long long count, int slices, int groups, long long part,
-                                      const float* logs = nullptr) {
-    constexpr int EACH = 4;
-    long long stride = gridDim.x * 256ll * EACH;
-    for (long long first = blockIdx.x * 256ll * EACH + threadIdx.x; first < count; first += stride) {
-        float sum[EACH] = {};
-        long long at[EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            long long i = min(first + j * 256, count - 1);
-            at[j] = groups == 1 ? i : i + i / part * (groups - 1) * part;
-        }
-        for (int g = 0; g < groups; g++) {
-#pragma unroll 4
-            for (int s = 0; s < slices; s++)
-#pragma unroll
-                for (int j = 0; j < EACH; j++) sum[j] += from[at[j] + g * part + s * groups * count];
-        }
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            if (first + j * 256 < count)
-                to[first + j * 256] = stored<V>(logs ? sum[j] * decay(logs[first + j * 256]) : sum[j]);
-    }
-}
-
-// The gradients from what `backward` leaves, one by each row of blocks; `shares` of the routes, `rows` = b.
-extern "C" __global__ void __launch_bounds__(256)
-totals(const float* dx_parts, const float* dprojected_parts, const float* ddt_proj_parts, const float* dA_parts,
-       const float* dD_parts, const float* dbias_parts, const float* A, u16* dx, u16* dprojected, float* ddt_proj, float* dA, float* dD,
-       float* dbias, int p, int k, int d, int shares, int rows) {
-    long long channels = (long long)k * d;
-    switch (blockIdx.y) {
-        case 0: return total(dx_parts, dx, (long long)rows * p * d, shares, 1, 1);
-        case 1: return total(dprojected_parts, dprojected, (long long)rows * p * k * WIDTH, (d + 31) / 32, 1, 1);
-        case 2: return total(ddt_proj_parts, ddt_proj, channels * R, rows, GROUPS_W, (long long)d * R);
-        case 3: return total(dA_parts, dA, channels * N, rows, 1, 1, LOG_A ? A : nullptr);
-        case 4: return total(dD_parts, dD, channels, rows, 1, 1);
-        default: return total(dbias_parts, dbias, channels, rows, 1, 1);
     }
 }

@@ -67,6 +67,8 @@ def scan2d(
         options = {"log_A": True} if log_A else {}
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
             return _Direct.apply(*tensors, *table[:2], module, options)
+        if hasattr(module, "values"):  # without the states that a backward would need
+            return module.values(*tensors, *table[:2], **options)
         return module.forward(*tensors, *table[:2], **options)[0]
     flat = projected.flatten(2)  # of four axes a compiler would move one
     return torch.ops.vmamba.scan2d(x, flat, *tensors[2:], table.routes, table.inverse, backend or "")[0]

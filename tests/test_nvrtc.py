@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba.kernels import depthwise_silu_cuda, layer_norm_cuda, nvrtc, scan2d_cuda, selective_scan_cuda
+from vmamba.kernels import depthwise_silu_cuda, layer_norm_cuda, nvrtc, scan2d_cuda, scan2d_plan, selective_scan_cuda
 from vmamba.kernels import selective_scan_plan as plans
 
 pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")
@@ -25,7 +25,23 @@ def test_scan2d_compiles(architecture, settings):
     flags = [f"-D{define}" for define in scan2d_cuda.defines(*settings)]
     text = nvrtc.text_of(scan2d_cuda.SOURCE)
     cubin = nvrtc.compile(text, [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *flags])
-    assert cubin.startswith(b"\x7fELF") and all(name in cubin for name in (b"backward", b"forward", b"totals"))
+    assert cubin.startswith(b"\x7fELF") and all(name in cubin for name in (b"backward", b"forward"))
+
+
+@pytest.mark.parametrize(
+    "architecture, sizes, n, rank, flags",
+    [
+        (90, (2, 8, 4), 16, 12, (True, True)),  # Vanilla-VMamba, first stage
+        (80, (4, 4, 1), 16, 5, (False, False)),
+        (80, (4, 16, 1), 64, 64, (True, False)),
+    ],
+)
+def test_scan2d_of_several_states_compiles(architecture, sizes, n, rank, flags):
+    plan = scan2d_plan.Lanes(*sizes)
+    defines = scan2d_cuda.forward_defines(plan, flags[0], torch.bfloat16, n, rank, *flags)
+    text = nvrtc.text_of(scan2d_cuda.LANES_FORWARD)
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{define}" for define in defines)]
+    assert b"forward" in nvrtc.compile(text, options)
 
 
 def test_layer_norm_compiles():

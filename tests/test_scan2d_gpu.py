@@ -9,6 +9,7 @@ import torch
 
 import vmamba
 from vmamba.kernels import scan2d_cuda, scan2d_reference, scan2d_triton
+from vmamba.kernels import scan2d_plan as plans
 from vmamba.kernels.scan2d import scan2d
 from vmamba.scans import Scan
 
@@ -24,7 +25,12 @@ CASES = [  # batch, grid, d, r, n, scan
     (1, (8, 8), 64, 48, 64, "cross"),
     (5, (17, 33), 96, 12, 1, "cross"),
     (2, (9, 16), 130, 64, 1, "cross"),
+    (2, (13, 11), 192, 12, 16, "atrous"),
+    (3, (20, 20), 384, 24, 16, "cross"),
+    (2, (8, 8), 40, 1, 5, "atrous"),
+    (4, (10, 10), 1536, 48, 16, "cross"),
 ]
+PLANS = [(r, n, sizes) for r, n in [(5, 4), (6, 5), (12, 16), (48, 20), (64, 64)] for sizes in plans.possible(n)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +57,9 @@ def inputs(case, dtype):
 def test_values_and_gradients(case, backend, dtype, programs, monkeypatch):
     if backend is scan2d_cuda:  # channels in multiples of 8
         case = (*case[:2], -(-case[2] // 8) * 8, *case[3:])
+        groups = 1 if programs == 1 else len(Scan(case[5]).table(*case[1], "cuda").routes)
+        chosen = scan2d_cuda._plan
+        monkeypatch.setattr(scan2d_cuda, "_plan", lambda *sizes: chosen(*sizes)._replace(groups=groups))
     monkeypatch.setattr(backend, "PROGRAMS", programs)
     monkeypatch.setattr(backend, "SHORT", 0, raising=False)
     assert backend.why_not(*inputs(case, dtype)[0]) is None
@@ -69,6 +78,19 @@ def test_values_and_gradients(case, backend, dtype, programs, monkeypatch):
     assert figures[0] < BOUNDS[dtype][0]
     assert max(figures[1:]) < BOUNDS[dtype][1]
     assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True)), "not deterministic"
+
+
+@pytest.mark.parametrize("dtype", scan2d_cuda.TYPES)
+@pytest.mark.parametrize("scan", ["cross", "atrous"])
+@pytest.mark.parametrize("r, n, sizes", PLANS, ids=str)
+def test_every_plan_gives_the_same(r, n, sizes, scan, dtype, monkeypatch):
+    monkeypatch.setattr(scan2d_cuda, "_plan", lambda *_: plans.Lanes(*sizes, groups=2))
+    tensors, table = inputs((2, (13, 11), 40, r, n, scan), dtype)
+    y, states = scan2d_cuda.forward(*tensors, *table[:2])
+    exact = scan2d_reference.forward(*[t.double() for t in tensors], *table[:2])
+    for got, right in zip((y, states), exact, strict=True):
+        assert (got.double() - right).norm() <= 1e-3 * right.norm()
+    assert torch.equal(scan2d_cuda.values(*tensors, *table[:2]), y)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

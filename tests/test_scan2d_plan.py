@@ -1,0 +1,43 @@
+"""How the CUDA C++ fused 2D scan of several states shares out its work, on an H200 if nothing else is said."""
+
+import pytest
+
+from vmamba.kernels import scan2d_cuda
+from vmamba.kernels import scan2d_plan as plans
+
+SHARED = 99 * 1024  # bytes that a block may have on any GPU from compute capability 8.0 on
+
+
+@pytest.mark.parametrize(
+    "sizes, plan",
+    [
+        ((8, 192, 16, 4), (2, 8, 4)),  # 384 blocks for 132 multiprocessors
+        ((30, 192, 16, 4), (4, 4, 4)),  # Swin-UMamba's first stage in training
+        ((30, 1536, 16, 4), (4, 4, 1)),  # its last: blocks enough for one route after the other
+        ((8, 384, 4, 4), (1, 4, 4)),
+        ((1, 96, 64, 1), (4, 16, 1)),
+    ],
+)
+def test_forward(sizes, plan):
+    assert plans.forward(*sizes, 132) == plan
+
+
+@pytest.mark.parametrize("states", range(scan2d_cuda.SEVERAL, scan2d_cuda.MOST + 1))
+def test_every_state_has_its_lane(states):
+    possible = list(plans.possible(states))
+    assert possible and len(set(possible)) == len(possible)
+    for share, lanes in possible:
+        plan = plans.Lanes(share, lanes)
+        assert share * lanes >= states and plan.channels * lanes == plan.threads <= 256
+        assert plan.channels % plans.EIGHT == 0
+        assert all(plan.shared_bytes(states, rank) <= SHARED for rank in range(1, scan2d_cuda.MOST + 1))
+
+
+@pytest.mark.parametrize("routes", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("processors", [1, 20, 132])
+def test_groups_share_the_routes_evenly(routes, processors):
+    for samples, channels in (1, 8), (1, 192), (8, 384), (128, 1536):
+        plan = plans.forward(samples, channels, 16, routes, processors)
+        assert routes % plan.groups == 0
+        worst = max(plans.Lanes(4, 4, g).cycles(samples, channels, routes, processors) for g in {1, routes})
+        assert plan.cycles(samples, channels, routes, processors) <= worst
