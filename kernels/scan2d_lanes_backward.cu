@@ -214,6 +214,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                     int t = part * PART + lane / TWINS * EACH + i;
                     float step = m.move[t][channel].x, u = real(m.x[t][channel]), dy_t = m.dy[t][channel];
                     float d_raw = (d_step[i] * (1 / LOG2E) + d_push[i] * u) * slope_at(step);
+                    if (TWINS > 1) __syncwarp();  // both have read what one writes over
                     if (lane % TWINS == 0) {
                         sum_D += dy_t * u, sum_bias += d_raw;
                         m.move[t][channel] = make_float2(__uint_as_float(tf32(d_raw)), step * d_push[i] + skip * dy_t);

@@ -189,6 +189,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const r
                 float step = m.step[t][channel], u_t = m.u[t][channel], g = m.dy[t][channel];
                 float slope = SOFTPLUS ? slope_at(step) : 1.f;
                 float d_raw = (d_step[i] / LOG2E + d_push[i] * u_t) * slope;
+                if (TWINS > 1) __syncwarp();  // both have read what one writes over
                 if (lane % TWINS == 0) {
                     sum_D += g * u_t, sum_bias += d_raw;
                     m.step[t][channel] = d_raw;
