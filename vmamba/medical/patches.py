@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from monai.transforms.compose import Compose
-from monai.transforms.croppad.dictionary import CenterSpatialCropd
 from monai.transforms.intensity.dictionary import (
     RandAdjustContrastd,
     RandGaussianNoised,
@@ -16,13 +15,14 @@ from monai.transforms.intensity.dictionary import (
     RandScaleIntensityd,
     RandScaleIntensityFixedMeand,
 )
-from monai.transforms.spatial.dictionary import RandAffined, RandFlipd, RandSimulateLowResolutiond
+from monai.transforms.spatial.dictionary import RandFlipd, RandSimulateLowResolutiond
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vmamba.medical.drawn import transformed
 from vmamba.medical.loading import loader
 from vmamba.medical.preprocess import OUTSIDE, Stored
+from vmamba.medical.spatial import RandPatchd
 
 FOREGROUND = 0.33  # share of a batch whose patches are centred on the foreground
 LARGER = 1.2  # what is read around a patch that may be turned
@@ -39,14 +39,8 @@ def _standard(patch: Sequence[int]) -> list[Any]:
     turn = np.pi if axes == 2 and max(patch) <= 1.5 * min(patch) else np.pi / 12 if axes == 2 else np.pi / 6
     flat = axes == 3 and max(patch) > 3 * patch[0]  # thick slices: turned and scaled within the slice
     angles = [np.pi, 0, 0] if flat else [turn] * (1 if axes == 2 else 3)
-    scale = [(-0.3, 0.4)] * axes
-    if flat:
-        scale[0] = (0.0, 0.0)
-    warp = {"mode": ("bilinear", "nearest"), "padding_mode": "zeros"}
     return [
-        RandAffined(_KEYS, prob=0.2, rotate_range=angles, **warp),
-        RandAffined(_KEYS, prob=0.2, scale_range=scale, **warp),
-        CenterSpatialCropd(_KEYS, roi_size=tuple(patch)),
+        RandPatchd({"image": "bilinear", "label": "nearest"}, patch, angles, flat),
         RandGaussianNoised("image", prob=0.1, std=0.3),
         RandGaussianSmoothd("image", prob=0.2, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0), sigma_z=(0.5, 1.0)),
         RandScaleIntensityd("image", prob=0.15, factors=0.25),
