@@ -5,17 +5,18 @@ that fits into a block is read once each way; larger ones are shared out to many
 second time from the L2 cache. For the backward x is kept, and y where a residual was added.
 """
 
+import sys
 from functools import lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vmamba.kernels import nvrtc
 from vmamba.kernels.backends import other_types
 from vmamba.kernels.instance_norm import is_channels_last
+from vmamba.kernels.instance_norm_function import normalised
 from vmamba.kernels.layer_norm_cuda import TYPES
 
 SOURCE = nvrtc.COMMON.with_name("instance_norm.cu")
@@ -134,50 +135,18 @@ def run_forward(
 def run_backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor, slope: float,
     added: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and the residual, and for each plane those of bias and weight, (2, planes).
-
-    ``y`` is None where its sign is not needed; ``added``, the residual's type, where there is no gradient to compute.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and the residual, and by sample those of bias and weight, (b, c)."""
     dx, sums = torch.empty_like(x), torch.empty_like(stats)
     dresidual, result = dx if added is None else torch.empty_like(x, dtype=added), dy if y is None else y
     scale, shift = (stats, stats) if weight is None or bias is None else (weight, bias)
     kind = Kind(x.dtype, dresidual.dtype, dy.dtype, weight is not None, slope != 1, y is not None, added is not None)
     launch = _launch("backward", kind, x.shape, _aligned(dy, x, result), x.device.index)
     launch((dy, x, result, scale, shift, stats, dx, dresidual), sums, (float(slope),))
-    return dx, dresidual, sums
+    dbias, dweight = sums.view(2, *x.shape[:2])
+    return dx, dresidual, dbias, dweight
 
 
-class _InstanceNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, residual, weight, bias, _, ctx.slope = inputs
-        y, stats = run_forward(*inputs)
-        ctx.added = None if residual is None else residual.dtype
-        ctx.save_for_backward(x, None if residual is None or ctx.slope == 1 else y, weight, bias, stats)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, bias, stats = ctx.saved_tensors
-        dy, wanted = dy.contiguous(), ctx.needs_input_grad[1]
-        masked = wanted and ctx.slope != 1
-        dx, dresidual, sums = run_backward(dy, x, y, weight, bias, stats, ctx.slope, ctx.added if masked else None)
-        dresidual = dresidual if masked else dy.to(ctx.added) if wanted else None
-        if weight is None:
-            return dx, dresidual, None, None, None, None
-        dbias, dweight = sums.view(2, *x.shape[:2]).sum(1)
-        return dx, dresidual, dweight, dbias, None, None
-
-
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
-) -> Tensor:
-    """x (b, c, *grid), residual like x, weight and bias (c,) -> (b, c, *grid); differentiable once."""
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
-    inputs = x, residual, weight, bias, eps, slope
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs[:4]]):
-        return _InstanceNorm.apply(*inputs)
-    return run_forward(*inputs)[0]
+def forward(x: Tensor, *arguments: Any) -> Tensor:
+    """As :func:`vmamba.kernels.instance_norm_function.normalised` has it, pixels side by side."""
+    return normalised(sys.modules[__name__], x.contiguous(), *arguments)

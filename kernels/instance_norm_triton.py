@@ -5,16 +5,17 @@ for a block of channels; the parts are added in a fixed order, and a second pass
 part, its program does all of it. For the backward x is kept, and y where a residual was added.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vmamba.kernels.backends import other_types
-from vmamba.kernels.instance_norm import FORMATS, is_channels_last
+from vmamba.kernels.instance_norm import is_channels_last
+from vmamba.kernels.instance_norm_function import normalised
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE = 2048  # numbers that a program has in registers at once
@@ -263,39 +264,18 @@ def run_forward(
     return y, _run(maps, weight, bias, (False, slope != 1, residual is not None), (float(slope), float(eps)))
 
 
-class _InstanceNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, residual, weight, bias, _, ctx.slope = inputs
-        y, stats = run_forward(*inputs)
-        ctx.added = None if residual is None else residual.dtype
-        ctx.save_for_backward(x, None if residual is None or ctx.slope == 1 else y, weight, bias, stats)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, bias, stats = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=FORMATS[x.ndim])
-        masked = y is not None
-        dx = torch.empty_like(x)
-        dresidual = torch.empty_like(x, dtype=ctx.added) if masked else dx
-        maps = _Maps(x, dresidual, y if masked else dy, dy, dx, stats)
-        sums = _run(maps, weight, bias, (True, ctx.slope != 1, masked), (float(ctx.slope), 0.0))
-        given = dresidual if masked else dy.to(ctx.added) if ctx.needs_input_grad[1] else None
-        if weight is None:
-            return dx, given, None, None, None, None
-        dbias, dweight = sums.sum(0).unbind(-1)
-        return dx, given, dweight, dbias, None, None
+def run_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor, slope: float,
+    added: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and the residual, and by sample those of bias and weight, (b, c)."""
+    dx = torch.empty_like(x)
+    dresidual = dx if y is None else torch.empty_like(x, dtype=added or dy.dtype)
+    maps = _Maps(x, dresidual, dy if y is None else y, dy, dx, stats)
+    dbias, dweight = _run(maps, weight, bias, (True, slope != 1, y is not None), (float(slope), 0.0)).unbind(-1)
+    return dx, dresidual, dbias, dweight
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
-) -> Tensor:
-    """x (b, c, *grid), residual of its shape, weight and bias (c,) -> (b, c, *grid); differentiable once."""
-    residual = None if residual is None else residual.contiguous(memory_format=FORMATS[x.ndim])
-    weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
-    inputs = x, residual, weight, bias, eps, slope
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs[:4]]):
-        return _InstanceNorm.apply(*inputs)
-    return run_forward(*inputs)[0]
+def forward(*arguments: Any) -> Tensor:
+    """As :func:`vmamba.kernels.instance_norm_function.normalised` has it, of channels-last maps."""
+    return normalised(sys.modules[__name__], *arguments)

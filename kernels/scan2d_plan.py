@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from vmamba.kernels.selective_scan_plan import StateLanes
+
 SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
 LANES = 4, 8, 16  # of a channel
 PART, EIGHT = 16, 8  # steps and channels that the tensor cores do at once
@@ -19,15 +21,8 @@ class Lanes(NamedTuple):
     lanes: int
     groups: int = 1
 
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return max(128, 16 * self.lanes)
-
-    @property
-    def channels(self) -> int:
-        """Of a block."""
-        return self.threads // self.lanes
+    threads = StateLanes.threads
+    channels = StateLanes.channels
 
     @property
     def steps(self) -> int:
