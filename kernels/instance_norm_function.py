@@ -1,9 +1,9 @@
 """Instance normalisation by a backend's two kernels, with its gradients: what CUDA C++ and Triton share.
 
 A backend has ``run_forward(x, residual, weight, bias, eps, slope) -> y, statistics`` and
-``run_backward(dy, x, y, weight, bias, statistics, slope, added) -> dx, dresidual, dbias, dweight``, the last two (b, c).
-There y is None where its sign is not needed, and ``added`` is the residual's type where dresidual is asked for, and is
-not dy itself.
+``run_backward(dy, x, y, weight, bias, statistics, slope, added) -> dx, dresidual, dbias, dweight``. The last two are
+(b, c); y is None where its sign is not needed; ``added`` is the residual's type where dresidual is asked for, and is not
+dy itself.
 """
 
 from types import ModuleType
