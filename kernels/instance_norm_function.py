@@ -2,8 +2,8 @@
 
 A backend has ``run_forward(x, residual, weight, bias, eps, slope) -> y, statistics`` and
 ``run_backward(dy, x, y, weight, bias, statistics, slope, added) -> dx, dresidual, dbias, dweight``. The last two are
-(b, c); y is None where its sign is not needed; ``added`` is the residual's type where dresidual is asked for, and is not
-dy itself.
+(b, c); y is None where its sign is not needed; ``added`` is the residual's type where dresidual is asked for, and it is
+not dy itself.
 """
 
 from types import ModuleType
