@@ -62,6 +62,12 @@ def test_row(row):
         assert published is None or top1 == str(published)
 
 
+def test_ratios_are_those_of_the_measurements():
+    quoted = re.search(r"Bot 3D takes ([\d.]+) of the time .* of VM-UNet ([\d.]+)\)", README.replace("\n", " "))
+    measured = (ROOT / "docs/medical.md").read_text()
+    assert quoted and f"U-Mamba Bot 17.3 ({quoted[1]};" in measured and f"VM-UNet 24.5 ({quoted[2]};" in measured
+
+
 def test_speeds_are_those_of_the_measurements():
     measured = section((ROOT / "docs/performance.md").read_text(), "Networks on a GPU")
     _, *speeds = rows(section(README, "Speed"))
