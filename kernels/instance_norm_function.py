@@ -29,7 +29,7 @@ def normalised(
 
     Differentiable once.
     """
-    x = x if is_channels_last(x) else x.contiguous()
+    x = laid_as(x, x)
     residual = None if residual is None else laid_as(residual, x)
     weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
     inputs = x, residual, weight, bias, eps, slope

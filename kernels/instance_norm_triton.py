@@ -32,12 +32,20 @@ def why_not(*tensors: Tensor) -> str | None:
 
 
 @triton.jit
-def _moments(x, y, dy, stats, weight, bias, first, n, sample, i0, pixels, channels, c, slope,
+def _first(x, sample, pixels, channels, c):
+    """A sample's first pixel, which the forward's sums take off: near the mean, more often than not."""
+    return tl.load(x + sample * pixels * channels + c, c < channels, 0).to(tl.float32)
+
+
+@triton.jit
+def _moments(x, y, dy, stats, weight, bias, n, sample, i0, pixels, channels, c, slope,
              BACK: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
              TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Of pixels from i0 on: forward the sums of x - first and its square; backward of g and g times normalised x."""
     a = tl.zeros([ROWS, WIDTH], tl.float32)
     b = tl.zeros([ROWS, WIDTH], tl.float32)
+    if not BACK:
+        first = _first(x, sample, pixels, channels, c)
     for t in range(TILES):
         i = i0 + t * ROWS + tl.arange(0, ROWS)
         inside = (i < pixels)[:, None] & (c < channels)[None, :]
@@ -123,6 +131,19 @@ def _written_back(x, y, dy, dx, dresidual, weight, bias, stats, a, b, n, sample,
 
 
 @triton.jit
+def _second_pass(x, added, y, dy, dx, stats, weight, bias, a, b, n, sample, i0, pixels, channels, c, slope,
+                 BACK: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
+                 TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Of pixels from i0 on, with what the first pass found; ``added`` as in ``_Maps``."""
+    if BACK:
+        _written_back(x, y, dy, dx, added, weight, bias, stats, a, b, n, sample, i0, pixels, channels, c, slope,
+                      AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
+    else:
+        _written(x, added, y, weight, bias, a, b, sample, i0, pixels, channels, c, slope,
+                 AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
+
+
+@triton.jit
 def _partial_kernel(
     x, y, dy, stats, weight, bias, sums, pixels, channels, slope,
     BACK: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
@@ -131,9 +152,8 @@ def _partial_kernel(
     part, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     n = (sample * channels + c) * 2
-    first = tl.load(x + sample * pixels * channels + c, c < channels, 0).to(tl.float32)
     i0 = part.to(tl.int64) * (TILES * ROWS)
-    a, b = _moments(x, y, dy, stats, weight, bias, first, n, sample, i0, pixels, channels, c, slope,
+    a, b = _moments(x, y, dy, stats, weight, bias, n, sample, i0, pixels, channels, c, slope,
                     BACK, AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
     at = ((sample * tl.num_programs(0) + part) * channels + c) * 2
     tl.store(sums + at, a, c < channels)
@@ -156,8 +176,7 @@ def _fold_kernel(
         b += tl.load(sums + at + 1, inside, 0)
     one, two = tl.sum(a, 0), tl.sum(b, 0)
     if not BACK:
-        first = tl.load(x + sample * pixels * channels + c, c < channels, 0).to(tl.float32)
-        one, two = _finished(one, two, first, pixels, eps)
+        one, two = _finished(one, two, _first(x, sample, pixels, channels, c), pixels, eps)
     n = (sample * channels + c) * 2
     tl.store(results + n, one, c < channels)
     tl.store(results + n + 1, two, c < channels)
@@ -174,12 +193,8 @@ def _write_kernel(
     n = (sample * channels + c) * 2
     i0 = tl.program_id(0).to(tl.int64) * (TILES * ROWS)
     a, b = tl.load(results + n, c < channels, 0), tl.load(results + n + 1, c < channels, 0)
-    if BACK:
-        _written_back(x, y, dy, dx, added, weight, bias, stats, a, b, n, sample, i0, pixels, channels, c, slope,
-                      AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
-    else:
-        _written(x, added, y, weight, bias, a, b, sample, i0, pixels, channels, c, slope,
-                 AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
+    _second_pass(x, added, y, dy, dx, stats, weight, bias, a, b, n, sample, i0, pixels, channels, c, slope,
+                 BACK, AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -191,20 +206,15 @@ def _whole_kernel(
     sample = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     n = (sample * channels + c) * 2
-    first = tl.load(x + sample * pixels * channels + c, c < channels, 0).to(tl.float32)
     i0 = sample * 0
-    a, b = _moments(x, y, dy, stats, weight, bias, first, n, sample, i0, pixels, channels, c, slope,
+    a, b = _moments(x, y, dy, stats, weight, bias, n, sample, i0, pixels, channels, c, slope,
                     BACK, AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
     if not BACK:
-        a, b = _finished(a, b, first, pixels, eps)
+        a, b = _finished(a, b, _first(x, sample, pixels, channels, c), pixels, eps)
     tl.store(results + n, a, c < channels)
     tl.store(results + n + 1, b, c < channels)
-    if BACK:
-        _written_back(x, y, dy, dx, added, weight, bias, stats, a, b, n, sample, i0, pixels, channels, c, slope,
-                      AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
-    else:
-        _written(x, added, y, weight, bias, a, b, sample, i0, pixels, channels, c, slope,
-                 AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
+    _second_pass(x, added, y, dy, dx, stats, weight, bias, a, b, n, sample, i0, pixels, channels, c, slope,
+                 BACK, AFFINE, ACT, ADD, TILES, ROWS, WIDTH)  # fmt: skip
 
 
 class _Maps(NamedTuple):

@@ -6,7 +6,7 @@
 from functools import cache
 from typing import NamedTuple
 
-from vmamba.kernels.selective_scan_plan import GPU
+from vmamba.kernels.selective_scan_plan import GPU, StateLanes
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 STATES = range(4, 65)  # with fewer there is too little to share
@@ -40,10 +40,7 @@ class Lanes(NamedTuple):
         """Of a block."""
         return min(MOST_THREADS, WARP * self.lanes)
 
-    @property
-    def channels(self) -> int:
-        """Of a block."""
-        return self.threads // self.lanes
+    channels = StateLanes.channels
 
     @property
     def shared_bytes(self) -> int:

@@ -18,7 +18,6 @@ from vmamba.kernels import scan2d_plan as plans
 from vmamba.kernels.backends import other_types
 from vmamba.kernels.scan2d_backward_plan import Lanes, lanes, spread
 from vmamba.kernels.selective_scan_cuda import gpu_of
-from vmamba.kernels.selective_scan_plan import GPU
 
 SOURCE = Path(__file__).with_name("scan2d.cu")
 LANES_FORWARD = SOURCE.with_name("scan2d_lanes.cu")
@@ -138,7 +137,7 @@ class _Launch(NamedTuple):
 
 def _backward(x: Tensor, n: int, rank: int, k: int, length: int, log_A: bool) -> _Launch:
     """By the kernel for several states, or, where they do not fit, by the one for few."""
-    (b, p, d), gpu = x.shape, _gpu(x.device)
+    (b, p, d), gpu = x.shape, gpu_of(x.device)
     setting, plan = (x.dtype, n, rank, length == p, x.device.index, log_A), lanes(n, rank, gpu.shared)
     if plan is None:
         groups, blocks = _grid(x, k, length)
@@ -147,11 +146,6 @@ def _backward(x: Tensor, n: int, rank: int, k: int, length: int, log_A: bool) ->
     groups, across, span = spread(plan, b, d, k, gpu)
     run = _lanes_kernel(plan, x.dtype, length == p, span > 1, x.device.index, log_A)
     return _Launch(run, (b * across, groups), plan.threads, (k // groups, span), 1)
-
-
-@cache
-def _gpu(device: torch.device) -> GPU:
-    return gpu_of(device)
 
 
 @cache
@@ -192,8 +186,8 @@ def forward_defines(
     plan: plans.Lanes, keep: bool, dtype: torch.dtype, n: int, rank: int, whole: bool, log_A: bool = False
 ) -> tuple[str, ...]:
     """The compile-time settings of the forward for several states."""
-    flags = f"WHOLE={int(whole)}", f"LOG_A={int(log_A)}", f"KEEP={int(keep)}"
-    return TYPES[dtype], f"N={n}", f"R={rank}", *flags, *plan.defines(n, rank)
+    flags = f"WHOLE={int(whole)}", f"KEEP={int(keep)}"
+    return *_sizes(dtype, n, rank, log_A), *flags, *plan.defines(n, rank)
 
 
 def defines(dtype: torch.dtype, n: int, rank: int, whole: bool, log_A: bool = False) -> tuple[str, ...]:
@@ -221,11 +215,9 @@ def shared_bytes(n: int, rank: int) -> tuple[int, int]:
 def _grid(x: Tensor, k: int, length: int) -> tuple[int, int]:
     """Groups of routes that run side by side, and blocks of channels and samples."""
     blocks = x.shape[0] * -(-x.shape[2] // CHANNELS)
-    return 1 if length <= SHORT else _groups(blocks, k), blocks
-
-
-def _groups(blocks: int, k: int) -> int:
-    return next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k))
+    if length <= SHORT:
+        return 1, blocks
+    return next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k)), blocks
 
 
 def _ranks(rank: int) -> int:

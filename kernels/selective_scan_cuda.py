@@ -152,6 +152,7 @@ def _backward_plan(sequences: int, channels: int, states: int, device: torch.dev
     return plans.backward(sequences, channels, states, gpu_of(device), length)
 
 
+@cache
 def gpu_of(device: torch.device) -> plans.GPU:
     """What a plan needs to know of it."""
     found = torch.cuda.get_device_properties(device)
