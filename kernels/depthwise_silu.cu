@@ -9,7 +9,6 @@
 // Compile-time: T_BF16, T_FP16 or T_FP32 (the maps' type), K (odd), BIAS (0 or 1: whether there is one).
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, SLAB = 32, P = 4, HALO = K / 2, COLUMNS = P + K - 1, TAPS = K * K;
-constexpr unsigned ALL = 0xffffffffu;
 
 template <int V> struct alignas(sizeof(real_t) * V) Pack {
     real_t v[V];

@@ -14,7 +14,6 @@
 #include "half_types.cu"
 
 constexpr int CHUNK = THREADS * PER * PACK, BLOCKS = 1024 / THREADS < 16 ? 1024 / THREADS : 16;
-constexpr unsigned ALL = 0xffffffffu;
 
 template <typename T> struct alignas(sizeof(T) * PACK < 16 ? sizeof(T) * PACK : 16) Pack {
     T v[PACK];

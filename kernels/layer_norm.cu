@@ -12,7 +12,6 @@
 #include "half_types.cu"
 
 constexpr int THREADS = 256, TEAMS = THREADS / LANES, WARPS = (LANES + 31) / 32;
-constexpr unsigned ALL = 0xffffffffu;
 
 template <typename T> struct alignas(sizeof(T) * PACK) Pack {
     T v[PACK];

@@ -2,17 +2,18 @@
 //
 // A block scans 32 channels of one sample along its routes, one after the other, each added to the sum in y. It walks
 // in tiles of 64 steps: a warp holds 8 steps, a lane one channel, so every row of channels is one coalesced access and
-// a segment's recurrence stays in a lane's registers. Segments are chained through shared memory, with one barrier per
+// a warp's recurrence stays in a lane's registers. Warps are chained through shared memory, with one barrier per
 // tile and state. Delta is projected by the tensor cores (tf32). What a tile needs is loaded one tile ahead.
 // The backward walks from the end: it runs a tile again from the state kept before it, and the adjoint the other way.
 //
-// Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, LOG_A, WHOLE (a route visits every pixel), blocks per
-// multiprocessor, and the bytes of shared memory that a block takes.
+// Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, LOG_A, WHOLE (a route visits every pixel), CUT (routes
+// are cut into segments), blocks per multiprocessor, and the bytes of shared memory that a block takes.
 
 #include "scan2d_common.cu"
+#include "scan2d_segment.cu"
+#include "scan2d_warp.cu"
 
-constexpr int WARPS = 8, STEPS = 8, TILE = WARPS * STEPS;
-constexpr unsigned ALL = 0xffffffffu;
+constexpr int TILE = WARPS * STEPS;
 
 // What a warp loads of its 8 steps' projections, as it comes from memory
 struct Loaded {
@@ -63,9 +64,9 @@ __device__ __forceinline__ void store_rows(float* map, float (*rows)[32], int pi
 
 struct Forward {                      // shared memory
     float4 weight[KS][2][32];         // dt_proj as the tensor cores take it
-    float raw[WARPS][STEPS * 36];     // projected delta: step, channel
+    float raw[WARPS][STEPS * RAW];    // projected delta: step, channel
     float bc[WARPS][STEPS * 2 * N];   // B and C of each step, in pairs
-    float2 chain[2][WARPS][32];       // each segment's map h -> x h + y
+    float2 chain[2][WARPS][32];       // each warp's map h -> x h + y
     float carry[2][N][32];            // the state before a tile
     u16 x[WARPS][STEPS][32];
     float y[WARPS][STEPS][32];
@@ -75,8 +76,8 @@ static_assert(sizeof(Forward) == FORWARD_BYTES, "the launch reserves as much");
 extern "C" __global__ void __launch_bounds__(256, FORWARD_BLOCKS)
 forward(const u16* __restrict__ x, const u16* __restrict__ projected, const float* __restrict__ dt_proj,
         const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ bias,
-        const int* __restrict__ routes, float* y, float* __restrict__ states,
-        int p, int k, int length, int d, int share, int rows) {
+        const int* __restrict__ routes, float* y, float* __restrict__ states, const float* __restrict__ end_states,
+        const float* __restrict__ end_steps, int p, int k, int all, int d, int share, int per, int rows) {
     extern __shared__ float4 memory[];
     Forward& m = *(Forward*)memory;
 
@@ -85,26 +86,26 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
     long long bi = blockIdx.x / blocks;
     bool in_c = c0 + lane < d;
     int kw = k * WIDTH, room = d - c0;
+    Segment segment(k / share, per, all);
+    int length = segment.length;
     x = kept_pointer(x + bi * p * d + c0);
-    y = kept_pointer(y + (blockIdx.y * (long long)rows + bi) * p * d + c0);
+    y = kept_pointer(y + (segment.group * (long long)rows + bi) * p * d + c0);
     projected += bi * p * kw;
 
     for (int turn = 0; turn < share; turn++) {
-        int ki = blockIdx.y * share + turn;
-        const int* route = routes + (long long)ki * length;
+        int ki = segment.group * share + turn;
+        const int* route = routes + (long long)ki * all + segment.first;
         const u16* own = kept_pointer(projected + ki * WIDTH);
-        float* kept = kept_pointer(states + (bi * k + ki) * ((length + TILE - 1) / TILE) * d * N + c * N);
+        long long row = bi * k + ki;
+        float* kept = kept_pointer(states + ((row * ((all + TILE - 1) / TILE) + segment.first / TILE) * d + c) * N);
         float skip = D[ki * d + c], shift = bias[ki * d + c], rate = decay(A[(ki * d + c) * N]) * LOG2E;
         bool add = turn > 0 || !WHOLE;
         __syncthreads();  // the last route is done with shared memory
-        for (int i = threadIdx.x; i < KS * 64; i += 256) {
-            int l = i & 31, half = i >> 5 & 1, ks = i >> 6, row = c0 + half * 16 + (l >> 2), rank = ks * 8 + (l & 3);
-            auto w = [&](int r, int q) {
-                return r < d && q < R ? __uint_as_float(tf32(dt_proj[((long long)ki * d + r) * R + q])) : 0.f;
-            };
-            m.weight[ks][half][l] = make_float4(w(row, rank), w(row + 8, rank), w(row, rank + 4), w(row + 8, rank + 4));
+        load_weights(m.weight, dt_proj + (long long)ki * d * R, c0, d);
+        for (int n = warp; n < N; n += WARPS) {
+            float by = decay(A[(ki * d + c) * N + n]) * LOG2E;
+            m.carry[0][n][lane] = entering(end_states, end_steps, segment.at, row * d + c, (long long)rows * k * d, n, by);
         }
-        for (int i = threadIdx.x; i < N * 32; i += 256) m.carry[0][i / 32][i % 32] = 0;
         Loaded next;
         int pixel = pixel_at(route, warp * STEPS, length, p);
         load(next, own, pixel, p, kw);
@@ -124,27 +125,13 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
 #pragma unroll
             for (int j = 0; j < STEPS; j++) u[j] = real(m.x[warp][j][lane]);
             __syncwarp();
-            float s[2][4] = {};
-#pragma unroll
-            for (int ks = 0; ks < KS; ks++) {
-                unsigned b0 = __float_as_uint(real(next.factor[2 * ks]));
-                unsigned b1 = __float_as_uint(real(next.factor[2 * ks + 1]));
-                mma(s[0], m.weight[ks][0][lane], b0, b1);
-                mma(s[1], m.weight[ks][1][lane], b0, b1);
-            }
+            Projection projection(m.weight, next.factor);
 #pragma unroll
             for (int i = 0; i * 32 < STEPS * 2 * N; i++) {
                 int v = i * 32 + lane, of = v % (2 * N);  // pairs of B and C
                 if (v < STEPS * 2 * N) m.bc[warp][v / (2 * N) * 2 * N + of % N * 2 + of / N] = real(next.bc[i]);
             }
-            float* raw_w = m.raw[warp] + (lane & 3) * 72 + (lane >> 2);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                raw_w[half * 16] = s[half][0];
-                raw_w[half * 16 + 36] = s[half][1];
-                raw_w[half * 16 + 8] = s[half][2];
-                raw_w[half * 16 + 44] = s[half][3];
-            }
+            projection.store(m.raw[warp]);
             pixel = ahead;
             load(next, own, pixel, p, kw);
             fetch_rows(m.x[warp], x, pixel, p, d, room);
@@ -154,7 +141,7 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
             unsigned there = WHOLE ? ALL : __ballot_sync(ALL, here < p);  // steps with a pixel
 #pragma unroll
             for (int j = 0; j < STEPS; j++) {
-                float raw = (WHOLE || there >> j & 1 ? m.raw[warp][j * 36 + lane] : 0.f) + shift;
+                float raw = (WHOLE || there >> j & 1 ? m.raw[warp][j * RAW + lane] : 0.f) + shift;
                 step[j] = softplus(at + j < length ? raw : -1e30f);  // no step past the end
                 out[j] = u[j] * skip;
                 u[j] *= step[j];
@@ -205,29 +192,14 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
 constexpr int TILES_W = 2 * KS, GROUPS_W = TILES_W < 8 ? 8 / TILES_W : 1, MORE_W = (TILES_W + 7) / 8;  // of dt_proj's gradient
 constexpr int MT = (R + 15) / 16, ROW_F = 8 * KS + 2;  // tiles of 16 ranks; a row of factors in shared memory
 
-// The sum over lanes of v[i], for 16 values at once; lane l ends up with that of value l / 2.
-__device__ __forceinline__ float sums(float (&v)[16]) {
-    int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int half = 8; half; half /= 2) {
-        bool upper = lane & 2 * half;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
-            v[i] = keep + __shfl_xor_sync(ALL, send, 2 * half);
-        }
-    }
-    return v[0] + __shfl_xor_sync(ALL, v[0], 1);
-}
-
 struct Backward {                            // shared memory
     float4 weight[KS][2][32];                    // dt_proj as the tensor cores take it: channels x ranks
     float4 back[MT][4][32];                      // the same as ranks x channels
-    float raw[WARPS][STEPS * 36];                // projected delta: step, channel
-    float draw[WARPS][STEPS * 36];               // its gradient
+    float raw[WARPS][STEPS * RAW];               // projected delta: step, channel
+    float draw[WARPS][STEPS * RAW];              // its gradient
     u16 factor[2][TILE][ROW_F];                  // delta's factor: step, rank
     float bc[WARPS][STEPS * 2 * N];              // B and C of each step, in pairs
-    float2 ahead[2][WARPS][32];                  // each segment's map of h
+    float2 ahead[2][WARPS][32];                  // each warp's map of h
     float behind[2][WARPS][32];                  // and the constant of its map of the adjoint
     float carry[2][N][32];                       // the adjoint after a tile
     float dA[WARPS][N][32];
@@ -244,7 +216,8 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
          const u16* __restrict__ projected, const float* __restrict__ dt_proj, const float* __restrict__ A,
          const float* __restrict__ D, const float* __restrict__ bias, const int* __restrict__ routes,
          float* dx, float* __restrict__ dprojected, float* __restrict__ ddt_proj, float* __restrict__ dA,
-         float* __restrict__ dD, float* __restrict__ dbias, int p, int k, int length, int d, int share, int rows) {
+         float* __restrict__ dD, float* __restrict__ dbias, const float* __restrict__ end_states,
+         const float* __restrict__ end_steps, int p, int k, int all, int d, int share, int per, int rows) {
     extern __shared__ float4 memory[];
     Backward& m = *(Backward*)memory;
 
@@ -252,34 +225,37 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
     int blocks = (d + 31) / 32, block = blockIdx.x % blocks, c0 = block * 32, c = min(c0 + lane, d - 1);
     long long bi = blockIdx.x / blocks;
     bool in_c = c0 + lane < d;
-    int kw = k * WIDTH, room = d - c0, tiles = (length + TILE - 1) / TILE;
+    Segment segment(k / share, per, all);
+    int kw = k * WIDTH, room = d - c0, length = segment.length, tiles = (length + TILE - 1) / TILE;
+    int later = segment.after(per, all);
     x = kept_pointer(x + bi * p * d + c0);
     dy = kept_pointer(dy + bi * p * d + c0);
-    dx = kept_pointer(dx + (blockIdx.y * (long long)rows + bi) * p * d + c0);
+    dx = kept_pointer(dx + (segment.group * (long long)rows + bi) * p * d + c0);
     projected += bi * p * kw;
 
     for (int turn = 0; turn < share; turn++) {
-        int ki = blockIdx.y * share + turn;
-        const int* route = routes + (long long)ki * length;
+        int ki = segment.group * share + turn;
+        const int* route = routes + (long long)ki * all + segment.first;
         const u16* own = kept_pointer(projected + ki * WIDTH);
         float* down = kept_pointer(dprojected + (block * (long long)rows + bi) * p * kw + ki * WIDTH);
-        const float* kept = kept_pointer(states + ((bi * k + ki) * tiles + tiles - 1) * d * N + c * N);
+        long long row = bi * k + ki, last_kept = row * ((all + TILE - 1) / TILE) + segment.first / TILE + tiles - 1;
+        const float* kept = kept_pointer(states + (last_kept * d + c) * N);
         float skip = D[ki * d + c], shift = bias[ki * d + c], rate = decay(A[(ki * d + c) * N]);
         float sum_A = 0, sum_D = 0, sum_bias = 0, sum_W[MORE_W][4] = {};
         bool add = turn > 0 || !WHOLE;
-        auto w = [&](int r, int q) {
-            return r < d && q < R ? __uint_as_float(tf32(dt_proj[((long long)ki * d + r) * R + q])) : 0.f;
-        };
         __syncthreads();  // the last route is done with shared memory
-        for (int i = threadIdx.x; i < KS * 64; i += 256) {
-            int l = i & 31, half = i >> 5 & 1, ks = i >> 6, row = c0 + half * 16 + (l >> 2), rank = ks * 8 + (l & 3);
-            m.weight[ks][half][l] = make_float4(w(row, rank), w(row + 8, rank), w(row, rank + 4), w(row + 8, rank + 4));
-        }
+        const float* weight = dt_proj + (long long)ki * d * R;
+        load_weights(m.weight, weight, c0, d);
         for (int i = threadIdx.x; i < MT * 128; i += 256) {
             int l = i & 31, ks = i >> 5 & 3, mt = i >> 7, rank = mt * 16 + (l >> 2), row = c0 + ks * 8 + (l & 3);
+            auto w = [&](int r, int q) { return weight_at(weight, r, q, d); };
             m.back[mt][ks][l] = make_float4(w(row, rank), w(row, rank + 8), w(row + 4, rank), w(row + 4, rank + 8));
         }
-        for (int i = threadIdx.x; i < N * 32; i += 256) m.carry[0][i / 32][i % 32] = 0;
+        long long stride = (long long)rows * k * d, end = (segment.at + later - 1) * stride + row * d + c;
+        for (int n = warp; n < N; n += WARPS) {
+            float by = decay(A[(ki * d + c) * N + n]) * LOG2E;
+            m.carry[0][n][lane] = entering(end_states, end_steps, later, end, -stride, n, by);
+        }
         for (int n = 0; n < N; n++) m.dA[warp][n][lane] = 0;
         int last = (tiles - 1) * TILE + warp * STEPS;
         Loaded next;
@@ -306,31 +282,17 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                 g[j] = m.dy[warp][j][lane];
             }
             __syncwarp();
-            float s[2][4] = {};
             u16* factor = &m.factor[tile & 1][warp * STEPS + (lane >> 2)][lane & 3];
             bool mine = there >> (lane >> 2) & 1;
 #pragma unroll
-            for (int ks = 0; ks < KS; ks++) {
-                u16 f0 = WHOLE || mine ? next.factor[2 * ks] : u16(0), f1 = WHOLE || mine ? next.factor[2 * ks + 1] : u16(0);
-                factor[ks * 8] = f0;
-                factor[ks * 8 + 4] = f1;
-                unsigned b0 = __float_as_uint(real(f0)), b1 = __float_as_uint(real(f1));
-                mma(s[0], m.weight[ks][0][lane], b0, b1);
-                mma(s[1], m.weight[ks][1][lane], b0, b1);
-            }
+            for (int i = 0; i < 2 * KS; i++) factor[i * 4] = next.factor[i] = WHOLE || mine ? next.factor[i] : u16(0);
+            Projection projection(m.weight, next.factor);
 #pragma unroll
             for (int i = 0; i * 32 < STEPS * 2 * N; i++) {
                 int v = i * 32 + lane, of = v % (2 * N);  // pairs of B and C
                 if (v < STEPS * 2 * N) m.bc[warp][v / (2 * N) * 2 * N + of % N * 2 + of / N] = real(next.bc[i]);
             }
-            float* raw_w = m.raw[warp] + (lane & 3) * 72 + (lane >> 2);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                raw_w[half * 16] = s[half][0];
-                raw_w[half * 16 + 36] = s[half][1];
-                raw_w[half * 16 + 8] = s[half][2];
-                raw_w[half * 16 + 44] = s[half][3];
-            }
+            projection.store(m.raw[warp]);
             pixel = ahead;
             load(next, own, pixel, p, kw);
             fetch_rows(m.x[warp], x, pixel, p, d, room);
@@ -340,7 +302,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             __syncwarp();
 #pragma unroll
             for (int j = 0; j < STEPS; j++) {
-                float raw = m.raw[warp][j * 36 + lane] + shift;
+                float raw = m.raw[warp][j * RAW + lane] + shift;
                 step[j] = softplus(at + j < length ? raw : -1e30f);  // no step past the end
                 sum_D += g[j] * u[j];
                 du[j] = g[j] * skip;
@@ -370,7 +332,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                 __syncthreads();
                 float after = m.carry[tile & 1][n][lane];
 #pragma unroll
-                for (int v = 0; v < WARPS; v++) {  // segments before this one, forwards, and those after it, backwards
+                for (int v = 0; v < WARPS; v++) {  // warps before this one, forwards, and those after it, backwards
                     float2 map = m.ahead[turns & 1][v][lane];
                     h = v < warp ? map.x * h + map.y : h;
                 }
@@ -399,9 +361,9 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                     dBC[2 * j] = dh * step[j] * u[j];
                 }
                 if (N > 1) m.dA[warp][n][lane] += part_A; else sum_A += part_A;
-                float total = sums(dBC);
+                sums<2 * STEPS, 32>(dBC, lane, 1);  // lane l ends up with the sum of dBC[l / 2]
                 int j = lane >> 2, to = __shfl_sync(ALL, here, j);
-                if (!(lane & 1) && at + j < length && to < p) down[(long long)to * kw + R + (lane >> 1 & 1) * N + n] = total;
+                if (!(lane & 1) && at + j < length && to < p) down[(long long)to * kw + R + (lane >> 1 & 1) * N + n] = dBC[0];
             }
             kept -= d * N;
             wait_for_older();
@@ -409,7 +371,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             for (int j = 0; j < STEPS; j++) {
                 float d_raw = d_step[j] * slope_at(step[j]);
                 sum_bias += d_raw;
-                m.draw[warp][j * 36 + lane] = in_c ? d_raw : 0.f;
+                m.draw[warp][j * RAW + lane] = in_c ? d_raw : 0.f;
                 m.dx[warp][j][lane] = add ? m.dx[warp][j][lane] + du[j] : du[j];
             }
             store_rows(dx, m.dx[warp], here, p, d, room);
@@ -419,7 +381,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             unsigned b[4][2];
 #pragma unroll
             for (int ks = 0; ks < 4; ks++) {
-                float* of = m.draw[warp] + (lane >> 2) * 36 + ks * 8 + (lane & 3);
+                float* of = m.draw[warp] + (lane >> 2) * RAW + ks * 8 + (lane & 3);
                 b[ks][0] = tf32(of[0]);
                 b[ks][1] = tf32(of[4]);
             }
@@ -443,8 +405,8 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
 #pragma unroll
                     for (int i = 0; i < 8 / GROUPS_W; i++) {
                         int v = group * (8 / GROUPS_W) + i;  // the steps of warp v
-                        float* of = m.draw[v] + (lane & 3) * 36 + half * 16 + (lane >> 2);
-                        float4 a = make_float4(of[0], of[8], of[144], of[152]);
+                        float* of = m.draw[v] + (lane & 3) * RAW + half * 16 + (lane >> 2);
+                        float4 a = make_float4(of[0], of[8], of[4 * RAW], of[4 * RAW + 8]);
                         a.x = __uint_as_float(tf32(a.x)), a.y = __uint_as_float(tf32(a.y));
                         a.z = __uint_as_float(tf32(a.z)), a.w = __uint_as_float(tf32(a.w));
                         const u16* f = &m.factor[tile & 1][v * STEPS + (lane & 3)][rank];
@@ -453,12 +415,12 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
                 }
             }
         }
-        long long at = (bi * k + ki) * d;
+        long long part = (segment.at * (long long)rows + bi) * k + ki, at = part * d;
 #pragma unroll
         for (int more = 0; more < MORE_W; more++) {
             int item = TILES_W < 8 ? warp % TILES_W : warp + more * 8, group = TILES_W < 8 ? warp / TILES_W : 0;
             if (item < TILES_W && group < GROUPS_W) {
-                float* to = ddt_proj + ((bi * k + ki) * GROUPS_W + group) * d * R;
+                float* to = ddt_proj + (part * GROUPS_W + group) * d * R;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int row = c0 + (item & 1) * 16 + (lane >> 2) + i / 2 * 8, rank = (item >> 1) * 8 + (lane & 3) * 2 + (i & 1);

@@ -6,6 +6,7 @@
 from functools import cache
 from typing import NamedTuple
 
+from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.selective_scan_plan import GPU, StateLanes
 from vmamba.kernels.selective_scan_reference import CHUNK
 
@@ -64,11 +65,15 @@ class Lanes(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Side by side: groups of routes, blocks across the channels; one after the other: a block's groups of channels."""
+    """Side by side: groups of routes, blocks across the channels, segments; one after the other: a block's channels.
+
+    ``span`` is how many groups of them.
+    """
 
     groups: int
     across: int
     span: int
+    segments: int = 1
 
 
 def lanes(states: int, rank: int, shared: int) -> Lanes | None:
@@ -81,24 +86,25 @@ def lanes(states: int, rank: int, shared: int) -> Lanes | None:
 
 
 @cache
-def spread(plan: Lanes, samples: int, channels: int, routes: int, gpu: GPU) -> Blocks:
+def spread(plan: Lanes, samples: int, channels: int, routes: int, gpu: GPU, length: int) -> Blocks:
     """What takes the least time by an estimate: steps on the busiest multiprocessor, and parts of sums in memory."""
     pieces = -(-channels // plan.channels)
     spans = {-(-pieces // across) for across in range(1, pieces + 1)}
     shares = [groups for groups in range(1, routes + 1) if routes % groups == 0]
     possible = [Blocks(groups, -(-pieces // span), span) for groups in shares for span in sorted(spans)]
+    resident = plan.resident(gpu)
+    cuts = segments.counts(samples * pieces * routes, resident, gpu.processors, length)[1:]
+    possible += [Blocks(routes, pieces, 1, count) for count in cuts]
 
-    def time(chosen: Blocks) -> float:  # ns of a step
-        busiest = -(-samples * chosen.across * chosen.groups // gpu.processors)
-        rounds, rest = divmod(busiest, plan.resident(gpu))
-        scans = rounds * _together(plan, plan.resident(gpu)) + (_together(plan, rest) if rest else 0)
+    def together(count: int) -> float:  # ns of a step of so many blocks of a multiprocessor
+        return (WAIT + ISSUE * count * plan.threads / 128) * (1 + plan.share) / 5
+
+    def time(chosen: Blocks) -> float:  # ns
+        blocks = samples * chosen.across * chosen.groups * chosen.segments
         turns = routes // chosen.groups * chosen.span * (ADDED if chosen.span > 1 else 1)
+        scans = segments.busy(blocks, resident, gpu.processors, together) * segments.walk(length, chosen.segments)
+        ends = segments.ends(samples, channels, plan.states, routes, gpu.processors, length, chosen.segments)
         parts = chosen.groups * channels + chosen.across * routes * (plan.rank + 2 * plan.states)
-        return turns * scans + samples * parts * 4 / SPEED
+        return turns * scans + ends + samples * parts * length * 4 / SPEED
 
     return min(possible, key=time)
-
-
-def _together(plan: Lanes, count: int) -> float:
-    """ns of a step, where a multiprocessor has so many blocks."""
-    return (WAIT + ISSUE * count * plan.threads / 128) * (1 + plan.share) / 5

@@ -35,6 +35,12 @@ __device__ __forceinline__ u16 fetch(const u16* base, unsigned offset) {
     return v;
 }
 
+__device__ __forceinline__ float fetch(const float* base, unsigned offset) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"((const char*)base + offset));
+    return v;
+}
+
 // A pointer whose origin the compiler does not know: it keeps it rather than computing it again at every use.
 template <typename V> __device__ __forceinline__ V* kept_pointer(V* p) {
     asm("" : "+l"(p));

@@ -1,9 +1,10 @@
 """Fused 2D selective scan in CUDA C++ (``scan2d*.cu``), forward and backward, for float16 and bfloat16 maps.
 
 With several states both have kernels of their own: ``scan2d_lanes.cu``, whose work ``scan2d_plan`` shares out, and
-``scan2d_lanes_backward.cu``, where it fits. The equation and its letters are in ``scan2d_reference``. It is about twice
-as fast as the Triton kernels, which take what this backend refuses. There are no atomics: sums over blocks of channels,
-over b and over routes that run side by side are taken from slices, in a fixed order.
+``scan2d_lanes_backward.cu``, where it fits. Few long sequences are cut into segments, whose ends ``scan2d_ends.cu``
+finds. The equation and its letters are in ``scan2d_reference``. It is about twice as fast as the Triton kernels, which
+take what this backend refuses. There are no atomics: sums over blocks of channels, over b, over segments and over
+routes that run side by side are taken from slices, in a fixed order.
 """
 
 from functools import cache
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vmamba.kernels import nvrtc
 from vmamba.kernels import scan2d_plan as plans
+from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.backends import other_types
 from vmamba.kernels.scan2d_backward_plan import Lanes, lanes, spread
 from vmamba.kernels.selective_scan_cuda import gpu_of
@@ -22,6 +24,7 @@ from vmamba.kernels.selective_scan_cuda import gpu_of
 SOURCE = Path(__file__).with_name("scan2d.cu")
 LANES_FORWARD = SOURCE.with_name("scan2d_lanes.cu")
 LANES_BACKWARD, SUMS = SOURCE.with_name("scan2d_lanes_backward.cu"), SOURCE.with_name("scan2d_totals.cu")
+ENDS = SOURCE.with_name("scan2d_ends.cu")
 TYPES = {torch.bfloat16: "T_BF16", torch.float16: "T_FP16"}
 THREADS, CHANNELS, TILE = 256, 32, 64  # of a block; TILE = CHUNK, so that a tile starts from a state that was kept
 PROGRAMS = 256  # fewer than this do not fill a large GPU: routes then get programs of their own
@@ -30,6 +33,17 @@ SEVERAL = 4  # states that lanes can share
 MOST = 64  # states, and ranks, that fit in shared memory
 TOTALS, EACH = 1024, 1024  # blocks for a sum at most, and numbers that a block sums at once
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 3, 2  # per multiprocessor, which bounds registers; measured on an H200
+# of few states: these, ns of a step, and more for each block of a multiprocessor
+STEP = {"forward": (FORWARD_BLOCKS, 3, 14), "backward": (BACKWARD_BLOCKS, 9, 22)}
+
+
+class Weights(NamedTuple):
+    """As the kernels read them: float32."""
+
+    dt_proj: Tensor
+    A: Tensor
+    D: Tensor
+    bias: Tensor
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -76,18 +90,42 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """y; the states before each chunk are kept where there is room for them."""
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
-    tensors = *_inputs(x, projected), *_weights(dt_proj, A, D, bias), routes
+    maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
     setting, shares = (x.dtype, n, rank, length == p, x.device.index, log_A), _new(x, length == p)
     if n < SEVERAL:
-        groups, blocks = _grid(x, k, length)
-        run, threads = _kernel("forward", *setting), THREADS
+        groups, blocks, cuts = _grid("forward", b, d, k, length, x.device)
+        run, threads = _kernel("forward", *setting, cuts > 1), THREADS
     else:
-        plan = _plan(b, d, n, k, x.device)
-        groups, blocks, threads = plan.groups, plan.blocks(b, d), plan.threads
+        plan = _plan(b, d, n, k, length, x.device)
+        groups, blocks, threads, cuts = plan.groups, plan.blocks(b, d), plan.threads, plan.segments
         run = _forward_kernel(plan, states is not None, *setting)
+    per = segments.steps(length, cuts)
+    ends = _ends("ends", *maps, weights, routes, per, log_A)
     y = shares(groups, b, p, d, dtype=torch.float32)
-    run((blocks, groups), threads, *tensors, y, y if states is None else states, p, k, length, d, k // groups, b)
+    inputs, sizes = (*maps, *weights, routes), (p, k, length, d, k // groups, per, b)
+    run((blocks, groups * -(-length // per)), threads, *inputs, y, y if states is None else states, *ends, *sizes)
     return _total(y)
+
+
+def _ends(
+    name: str, values: Tensor, projected: Tensor, weights: Weights, routes: Tensor, per: int, log_A: bool
+) -> tuple[Tensor, Tensor]:
+    """What segments of ``per`` steps make of nothing (segments - 1, b, k, d, n), and sums of their step sizes (..., d).
+
+    Of x (``ends``), but for the last segment, or of dy (``backs``), but for the first. Where there is one segment,
+    tensors that are not read.
+    """
+    (b, p, d), (k, length), (n, rank) = values.shape, routes.shape, (weights.A.shape[-1], weights.dt_proj.shape[-1])
+    count = -(-length // per) - 1
+    if not count:
+        return weights.A, weights.A
+    states, sums = weights.A.new_empty(count, b, k, d, n), weights.A.new_empty(count, b, k, d)
+    defines = *_sizes(projected.dtype, n, rank, log_A), f"WHOLE={int(length == p)}"
+    run = nvrtc.kernel(ENDS, name, defines, values.device.index)
+    grid = b * -(-d // segments.CHANNELS), k * count * -(-n // segments.STATES)
+    inputs = values, projected, weights.dt_proj, weights.A, weights.bias, routes
+    run(grid, THREADS, *inputs, states, sums, p, k, length, d, per, count, b)
+    return states, sums
 
 
 def backward(
@@ -106,17 +144,20 @@ def backward(
     """Gradients of x, projected, dt_proj, A (log(-A) where that was given), D, bias, each in its tensor's dtype."""
     tensors = x, projected, dt_proj, A, D, bias
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
-    maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
+    maps, weights, dy = _inputs(x, projected), _weights(dt_proj, A, D, bias), _aligned(dy.contiguous())
     launch = _backward(x, n, rank, k, length, log_A)
-    (count, groups), new, whole = launch.grid, states.new_empty, _new(states, length == p)
-    dx, dprojected = whole(groups, b, p, d), whole(count // b, b, *projected.shape[1:])
-    parts = dx, dprojected, new(b, k, launch.cuts, d, rank), new(b, k, d, n), new(b, k, d), new(b, k, d)
-    inputs = _aligned(dy.contiguous()), states, *maps, *weights, routes
-    launch.run(launch.grid, launch.threads, *inputs, *parts, p, k, length, d, *launch.turns, b)
+    groups, across, cuts = launch.groups, launch.across, -(-length // launch.per)
+    new, whole = states.new_empty, _new(states, length == p)
+    dx, dprojected = whole(groups, b, p, d), whole(across, b, *projected.shape[1:])
+    sums = (k, launch.pieces, d, rank), (k, d, n), (k, d), (k, d)
+    parts = dx, dprojected, *(new(cuts * b, *size) for size in sums)
+    ends = _ends("backs", dy, maps[1], weights, routes, launch.per, log_A)
+    inputs, sizes = (dy, states, *maps, *weights, routes), (p, k, length, d, *launch.turns, launch.per, b)
+    launch.run((b * across, groups * cuts), launch.threads, *inputs, *parts, *ends, *sizes)
     grads = [new(t.shape, dtype=kind) for t, kind in zip(tensors, (x.dtype,) * 2 + (torch.float32,) * 4, strict=True)]
     size = min(TOTALS, -(-max(grads[0].numel(), grads[1].numel()) // EACH)), len(grads)
     add = nvrtc.kernel(SUMS, "totals", _sizes(x.dtype, n, rank, log_A), x.device.index)
-    add(size, THREADS, *parts, weights[1], *grads, p, k, d, groups, count // b, launch.cuts, b)
+    add(size, THREADS, *parts, weights.A, *grads, p, k, d, groups, across, launch.pieces, cuts, b)
     return tuple(g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
@@ -124,15 +165,18 @@ class _Launch(NamedTuple):
     """Of a backward.
 
     Args:
-        grid: blocks of channels and samples, and groups of routes. turns: what a block does one after the other, routes
-            and, in the kernel for several states, groups of channels. cuts: parts of dt_proj's gradient of a route.
+        groups, across: side by side, of routes, and blocks of channels. turns: what a block does one after the other,
+            routes and, in the kernel for several states, groups of channels. per: steps of a segment. pieces: of
+            dt_proj's gradient of a route.
     """
 
     run: nvrtc.Kernel
-    grid: tuple[int, int]
+    groups: int
+    across: int
     threads: int
     turns: tuple[int, ...]
-    cuts: int
+    per: int
+    pieces: int
 
 
 def _backward(x: Tensor, n: int, rank: int, k: int, length: int, log_A: bool) -> _Launch:
@@ -140,38 +184,43 @@ def _backward(x: Tensor, n: int, rank: int, k: int, length: int, log_A: bool) ->
     (b, p, d), gpu = x.shape, gpu_of(x.device)
     setting, plan = (x.dtype, n, rank, length == p, x.device.index, log_A), lanes(n, rank, gpu.shared)
     if plan is None:
-        groups, blocks = _grid(x, k, length)
-        cuts = max(1, 8 // (2 * _ranks(rank)))
-        return _Launch(_kernel("backward", *setting), (blocks, groups), THREADS, (k // groups,), cuts)
-    groups, across, span = spread(plan, b, d, k, gpu)
-    run = _lanes_kernel(plan, x.dtype, length == p, span > 1, x.device.index, log_A)
-    return _Launch(run, (b * across, groups), plan.threads, (k // groups, span), 1)
+        groups, blocks, cuts = _grid("backward", b, d, k, length, x.device)
+        pieces, per = max(1, 8 // (2 * _ranks(rank))), segments.steps(length, cuts)
+        run = _kernel("backward", *setting, cuts > 1)
+        return _Launch(run, groups, blocks // b, THREADS, (k // groups,), per, pieces)
+    groups, across, span, cuts = spread(plan, b, d, k, gpu, length)
+    run = _lanes_kernel(plan, x.dtype, length == p, span > 1, cuts > 1, x.device.index, log_A)
+    return _Launch(run, groups, across, plan.threads, (k // groups, span), segments.steps(length, cuts), 1)
 
 
 @cache
-def _lanes_kernel(plan: Lanes, dtype: torch.dtype, whole: bool, spans: bool, device: int, log_A: bool) -> nvrtc.Kernel:
-    told = backward_defines(plan, dtype, whole, spans, log_A)
+def _lanes_kernel(
+    plan: Lanes, dtype: torch.dtype, whole: bool, spans: bool, cut: bool, device: int, log_A: bool
+) -> nvrtc.Kernel:
+    told = backward_defines(plan, dtype, whole, spans, cut, log_A)
     return nvrtc.kernel(LANES_BACKWARD, "backward", told, device, plan.shared_bytes)
 
 
-def backward_defines(plan: Lanes, dtype: torch.dtype, whole: bool, spans: bool, log_A: bool = False) -> tuple[str, ...]:
+def backward_defines(
+    plan: Lanes, dtype: torch.dtype, whole: bool, spans: bool, cut: bool = False, log_A: bool = False
+) -> tuple[str, ...]:
     """The compile-time settings of the backward for several states."""
-    flags = f"WHOLE={int(whole)}", f"SPANS={int(spans)}"
+    flags = f"WHOLE={int(whole)}", f"SPANS={int(spans)}", f"CUT={int(cut)}"
     return *_sizes(dtype, plan.states, plan.rank, log_A), *flags, *plan.defines()
 
 
 @cache
 def _kernel(
-    name: str, dtype: torch.dtype, n: int, rank: int, whole: bool, device: int, log_A: bool = False
+    name: str, dtype: torch.dtype, n: int, rank: int, whole: bool, device: int, log_A: bool, cut: bool
 ) -> nvrtc.Kernel:
     forward_bytes, backward_bytes = shared_bytes(n, rank)
     shared = {"forward": forward_bytes, "backward": backward_bytes}
-    return nvrtc.kernel(SOURCE, name, defines(dtype, n, rank, whole, log_A), device, shared[name])
+    return nvrtc.kernel(SOURCE, name, defines(dtype, n, rank, whole, log_A, cut), device, shared[name])
 
 
 @cache
-def _plan(samples: int, channels: int, states: int, routes: int, device: torch.device) -> plans.Lanes:
-    return plans.forward(samples, channels, states, routes, gpu_of(device).processors)
+def _plan(samples: int, channels: int, states: int, routes: int, length: int, device: torch.device) -> plans.Lanes:
+    return plans.forward(samples, channels, states, routes, gpu_of(device).processors, length)
 
 
 @cache
@@ -186,16 +235,18 @@ def forward_defines(
     plan: plans.Lanes, keep: bool, dtype: torch.dtype, n: int, rank: int, whole: bool, log_A: bool = False
 ) -> tuple[str, ...]:
     """The compile-time settings of the forward for several states."""
-    flags = f"WHOLE={int(whole)}", f"KEEP={int(keep)}"
+    flags = f"WHOLE={int(whole)}", f"CUT={int(plan.segments > 1)}", f"KEEP={int(keep)}"
     return *_sizes(dtype, n, rank, log_A), *flags, *plan.defines(n, rank)
 
 
-def defines(dtype: torch.dtype, n: int, rank: int, whole: bool, log_A: bool = False) -> tuple[str, ...]:
+def defines(
+    dtype: torch.dtype, n: int, rank: int, whole: bool, log_A: bool = False, cut: bool = False
+) -> tuple[str, ...]:
     """The compile-time settings of the source."""
     forward_bytes, backward_bytes = shared_bytes(n, rank)
     shared = f"FORWARD_BYTES={forward_bytes}", f"BACKWARD_BYTES={backward_bytes}"
     limits = f"FORWARD_BLOCKS={FORWARD_BLOCKS}", f"BACKWARD_BLOCKS={BACKWARD_BLOCKS}"
-    return *_sizes(dtype, n, rank, log_A), f"WHOLE={int(whole)}", *shared, *limits
+    return *_sizes(dtype, n, rank, log_A), f"WHOLE={int(whole)}", f"CUT={int(cut)}", *shared, *limits
 
 
 def _sizes(dtype: torch.dtype, n: int, rank: int, log_A: bool) -> tuple[str, ...]:
@@ -212,12 +263,22 @@ def shared_bytes(n: int, rank: int) -> tuple[int, int]:
     return once, once + back + deltas + factors + sums + 8 * 8 * CHANNELS * 4
 
 
-def _grid(x: Tensor, k: int, length: int) -> tuple[int, int]:
-    """Groups of routes that run side by side, and blocks of channels and samples."""
-    blocks = x.shape[0] * -(-x.shape[2] // CHANNELS)
+@cache
+def _grid(name: str, b: int, d: int, k: int, length: int, device: torch.device) -> tuple[int, int, int]:
+    """Groups of routes that run side by side, blocks of channels and samples, and segments, for few states."""
+    blocks = b * -(-d // CHANNELS)
     if length <= SHORT:
-        return 1, blocks
-    return next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k)), blocks
+        return 1, blocks, 1
+    groups = next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k))
+    if groups < k:
+        return groups, blocks, 1
+    (resident, step, more), processors = STEP[name], gpu_of(device).processors
+
+    def time(count: int) -> float:
+        each = segments.busy(blocks * k * count, resident, processors, lambda beside: step + more * beside)
+        return each * segments.walk(length, count) + segments.ends(b, d, 1, k, processors, length, count)
+
+    return groups, blocks, min(segments.counts(blocks * k, resident, processors, length), key=time)
 
 
 def _ranks(rank: int) -> int:
@@ -225,16 +286,16 @@ def _ranks(rank: int) -> int:
     return -(-rank // 8)
 
 
-def _inputs(*tensors: Tensor) -> list[Tensor]:
-    return [_aligned(t.contiguous()) for t in tensors]
+def _inputs(x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    return _aligned(x.contiguous()), _aligned(projected.contiguous())
 
 
 def _aligned(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % 16 else t  # kernels read 16 bytes at once
 
 
-def _weights(*tensors: Tensor) -> list[Tensor]:
-    return [t.float().contiguous() for t in tensors]
+def _weights(dt_proj: Tensor, A: Tensor, D: Tensor, bias: Tensor) -> Weights:
+    return Weights(*(t.float().contiguous() for t in (dt_proj, A, D, bias)))
 
 
 def _new(like: Tensor, whole: bool):

@@ -9,14 +9,15 @@
 // delta (tf32) so that a thread ends up with two steps of two channels.
 //
 // Compile-time: T_BF16 or T_FP16 (x's and projected's type), N states, S states of a lane, R ranks, THREADS of a block, BLOCKS of
-// a multiprocessor, LOG_A, WHOLE (a route visits every pixel), KEEP (the states before each chunk), and the BYTES of shared
-// memory that a block takes.
+// a multiprocessor, LOG_A, WHOLE (a route visits every pixel), CUT (routes are cut into segments), KEEP (the states before each
+// chunk), and the BYTES of shared memory that a block takes.
 
 constexpr int WIDE = 2, MAPS = R % 4 + N % 4 == 0 ? 4 : R % 2 + N % 2 == 0 && S > 1 ? 2 : 1;  // numbers that are read at once
 constexpr bool SOFTPLUS = true;
 
 #include "selective_scan_common.cu"
 #include "scan2d_common.cu"
+#include "scan2d_segment.cu"
 
 constexpr int LANES = lanes_of(N), STATES = LANES * S;  // the states past N are zeros
 constexpr int WARPS = THREADS / 32, PLACES = 32 / LANES, CHANNELS = THREADS / LANES;  // channels of a warp, and of a block
@@ -84,8 +85,8 @@ __device__ __forceinline__ void keep(float* to, const float (&from)[S], int coun
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 forward(const real_t* __restrict__ x, const real_t* __restrict__ projected, const float* __restrict__ dt_proj,
         const float* __restrict__ A, const float* __restrict__ D, const float* __restrict__ bias,
-        const int* __restrict__ routes, float* y, float* __restrict__ states,
-        int p, int k, int length, int d, int share, int rows) {
+        const int* __restrict__ routes, float* y, float* __restrict__ states, const float* __restrict__ end_states,
+        const float* __restrict__ end_steps, int p, int k, int all, int d, int share, int per, int rows) {
     extern __shared__ float4 memory[];
     Shared& m = *(Shared*)memory;
     int blocks = (d + CHANNELS - 1) / CHANNELS, c0 = blockIdx.x % blocks * CHANNELS, kw = k * WIDTH;
@@ -112,19 +113,22 @@ forward(const real_t* __restrict__ x, const real_t* __restrict__ projected, cons
     hold(to_x), hold(to_row), hold(from_x), hold(from_row), hold(from_last), hold(from_few), hold(to_move), hold(from_move);
     hold(to_map), hold(from_map), hold(to_y), hold(from_y), hold(lane), hold(two), hold(mine), hold(place);
     x = kept_pointer(x + bi * p * d + c0);
-    y = kept_pointer(y + (blockIdx.y * (long long)rows + bi) * p * d + c0);
+    Segment segment(k / share, per, all);
+    y = kept_pointer(y + (segment.group * (long long)rows + bi) * p * d + c0);
 
     for (int turns = 0; turns < share; turns++) {
-        int ki = blockIdx.y * share + turns, last = length - 1;
+        int ki = segment.group * share + turns, last = segment.length - 1;
         bool add = turns > 0;
-        const int* route = kept_pointer(routes + (long long)ki * length);
+        const int* route = kept_pointer(routes + (long long)ki * all + segment.first);
         const real_t* own = kept_pointer(projected + bi * p * kw + ki * WIDTH);
-        float* kept = kept_pointer(states + ((bi * k + ki) * ((length + CHUNK - 1) / CHUNK) * d + c) * N + lane * S);
+        long long row = bi * k + ki, chunk = row * ((all + CHUNK - 1) / CHUNK) + segment.first / CHUNK;
+        float* kept = kept_pointer(states + (chunk * d + c) * N + lane * S);
         float h[S], rate[S];
 #pragma unroll
         for (int s = 0; s < S; s++) {
             int n = lane * S + s;
-            h[s] = 0, rate[s] = n < N ? decay(A[(ki * d + c) * N + n]) * LOG2E : 0.f;
+            rate[s] = n < N ? decay(A[(ki * d + c) * N + n]) * LOG2E : 0.f;
+            h[s] = n < N ? entering(end_states, end_steps, segment.at, row * d + c, (long long)rows * k * d, n, rate[s]) : 0.f;
         }
         // Whether a pixel's row of projected starts amid a word: it is copied from that word on
         auto amid = [&](int pixel) { return WIDTH % 2 ? (int)((size_t)own / 2 + pixel * kw) & 1 : 0; };
@@ -270,7 +274,7 @@ forward(const real_t* __restrict__ x, const real_t* __restrict__ projected, cons
         load(1);
         wait_for_all();
         __syncthreads();
-        int left = length;
+        int left = segment.length;
         unsigned tile = 0;
 #pragma unroll 1
         for (; left > 0; tile++, left -= T) {

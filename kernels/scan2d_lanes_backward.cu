@@ -12,13 +12,14 @@
 // without waiting, into the rows that this one is done with. Nothing is atomic.
 //
 // Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, S states of a lane, WHOLE (a route visits every pixel),
-// LOG_A, SPANS (a block takes several groups of channels), THREADS of a block, BYTES of shared memory.
+// LOG_A, CUT (routes are cut into segments), SPANS (a block takes several groups of channels), THREADS of a block, BYTES of shared memory.
 
 constexpr int WIDE = 1, MAPS = 1;  // of what is included, not used here
 constexpr bool SOFTPLUS = true;
 
 #include "selective_scan_common.cu"
 #include "scan2d_common.cu"
+#include "scan2d_segment.cu"
 
 constexpr int PART = 8, PARTS = CHUNK / PART;  // steps
 constexpr int LANES = lanes_of(N), STATES = LANES * S;  // the states past N are zeros
@@ -59,7 +60,8 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
          const u16* __restrict__ projected, const float* __restrict__ dt_proj, const float* __restrict__ A,
          const float* __restrict__ D, const float* __restrict__ bias, const int* __restrict__ routes,
          float* dx, float* __restrict__ dprojected, float* __restrict__ ddt_proj, float* __restrict__ dA,
-         float* __restrict__ dD, float* __restrict__ dbias, int p, int k, int length, int d, int share, int span, int rows) {
+         float* __restrict__ dD, float* __restrict__ dbias, const float* __restrict__ end_states,
+         const float* __restrict__ end_steps, int p, int k, int all, int d, int share, int span, int per, int rows) {
     extern __shared__ float4 memory[];
     Backward& m = *(Backward*)memory;
     int l = threadIdx.x % 32, warp = threadIdx.x / 32, g = l / 4, q = l % 4;
@@ -67,23 +69,28 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
     // The channel that a lane has of the other factor in a sum over channels, and whether it is in the lane's column
     int beside = warp * PLACES + (PLACES == 8 ? q + g % 2 * 4 : q % PLACES);
     bool counts = PLACES >= 4 || q / 2 == g % 2;
-    int kw = k * WIDTH, tiles = (length + CHUNK - 1) / CHUNK, blocks = (d + CHANNELS * span - 1) / (CHANNELS * span);
-    int block = blockIdx.x % blocks;
-    long long bi = blockIdx.x / blocks, part_of = blockIdx.y * (long long)rows + bi;
+    Segment segment(k / share, per, all);
+    int kw = k * WIDTH, blocks = (d + CHANNELS * span - 1) / (CHANNELS * span), block = blockIdx.x % blocks;
+    int length = segment.length, tiles = (length + CHUNK - 1) / CHUNK, later = segment.after(per, all);
+    long long bi = blockIdx.x / blocks, part_of = segment.group * (long long)rows + bi;
 
 #pragma unroll 1
     for (int turn = 0; turn < share * span; turn++) {  // routes, and of each `span` groups of channels
-        int ki = blockIdx.y * share + turn / span, c0 = (block * span + turn % span) * CHANNELS, c = min(c0 + channel, d - 1);
+        int ki = segment.group * share + turn / span, c0 = (block * span + turn % span) * CHANNELS, c = min(c0 + channel, d - 1);
         if (c0 >= d) continue;
         bool in_c = c0 + channel < d, more = SPANS && turn % span > 0;  // more channels of a route that was here before
-        const int* route = routes + (long long)ki * length;
+        const int* route = routes + (long long)ki * all + segment.first;
         Map map = {x + bi * p * d + c0, projected + bi * p * kw + ki * WIDTH, dy + bi * p * d + c0, p, d, d - c0, kw};
         float *to_dx = dx + part_of * p * d + c0, *down = dprojected + (block * (long long)rows + bi) * p * kw + ki * WIDTH;
-        const float* kept = kept_pointer(states + (((bi * k + ki) * tiles + tiles - 1) * d + c) * N + lane * S);
+        long long row = bi * k + ki, chunk = row * ((all + CHUNK - 1) / CHUNK) + segment.first / CHUNK + tiles - 1;
+        const float* kept = kept_pointer(states + (chunk * d + c) * N + lane * S);
         float rate[S], carry[S], sum_A[S], skip = D[ki * d + c], sum_D = 0, sum_bias = 0, sum_W[MORE_W][4] = {};
 #pragma unroll
         for (int s = 0; s < S; s++) {
-            carry[s] = sum_A[s] = 0, rate[s] = lane * S + s < N ? decay(A[(ki * d + c) * N + lane * S + s]) * LOG2E : 0.f;
+            int n = lane * S + s;
+            long long stride = (long long)rows * k * d, end = (segment.at + later - 1) * stride + row * d + c;
+            sum_A[s] = 0, rate[s] = n < N ? decay(A[(ki * d + c) * N + n]) * LOG2E : 0.f;
+            carry[s] = n < N ? entering(end_states, end_steps, later, end, -stride, n, rate[s]) : 0.f;
         }
         __syncthreads();  // the last route is done with shared memory
         load_weights(m, dt_proj + (long long)ki * d * R, bias + ki * d, c0, d);
@@ -234,7 +241,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             project_back(m, sum_W, down, here, map, more);
             store_dx(m, to_dx, here, map, turn >= span || !WHOLE);
         }
-        long long at = (bi * k + ki) * d;
+        long long at = ((segment.at * (long long)rows + bi) * k + ki) * d;
 #pragma unroll
         for (int more = 0; more < MORE_W; more++) {
             int item = warp + more * WARPS;

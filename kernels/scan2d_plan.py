@@ -1,8 +1,12 @@
-"""How the CUDA C++ fused 2D scan of several states shares out its work: numbers, chosen from sizes."""
+"""How the forward of the CUDA C++ fused 2D scan shares out its work: numbers, chosen from sizes.
+
+Few long routes are cut into segments (``scan2d_segments``).
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.selective_scan_plan import StateLanes
 
 SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
@@ -11,15 +15,17 @@ PART, EIGHT = 16, 8  # steps and channels that the tensor cores do at once
 TILE, SUMS, STEP, STATE = 220, 70, 2, 5  # instructions of a warp: for a tile, a part of it, a step, a state of a step
 RESIDENT = 768  # threads of a multiprocessor, which bounds registers
 IDLE = 2  # as long as so many more blocks would take, a multiprocessor waits
-SUMMED = 570  # float32 numbers that a large GPU reads in a cycle
+CYCLES = 1.7  # of a multiprocessor in a ns
+SUMMED = 970  # float32 numbers that a large GPU reads in a ns
 
 
 class Lanes(NamedTuple):
-    """Lanes share states: states of a lane, lanes of a channel, groups of routes that run side by side."""
+    """Lanes share states: states of a lane, lanes of a channel, groups of routes that run side by side, segments."""
 
     share: int
     lanes: int
     groups: int = 1
+    segments: int = 1
 
     threads = StateLanes.threads
     channels = StateLanes.channels
@@ -47,14 +53,15 @@ class Lanes(NamedTuple):
         sizes = f"S={self.share}", f"THREADS={self.threads}", f"BLOCKS={RESIDENT // self.threads}"
         return *sizes, f"BYTES={self.shared_bytes(states, rank)}"
 
-    def cycles(self, samples: int, channels: int, routes: int, processors: int) -> float:
-        """For a step of every route, on the busiest multiprocessor, and for the sum over groups."""
-        most = -(-self.groups * self.blocks(samples, channels) // processors)
-        full, rest = divmod(most, RESIDENT // self.threads)
-        together = full * (RESIDENT // self.threads + IDLE) + (rest + IDLE if rest else 0)
-        total = samples * channels * (self.groups + 1) / SUMMED if self.groups > 1 else 0
-        each = TILE / self.steps + SUMS / PART + STEP + STATE * self.share
-        return together * each * self.threads / 128 * routes / self.groups + total
+    def time(self, samples: int, channels: int, states: int, routes: int, processors: int, length: int) -> float:
+        """ns, by the busiest multiprocessor, of the scan, of finding ends, and of the sum over groups."""
+        resident, blocks = RESIDENT // self.threads, self.groups * self.segments * self.blocks(samples, channels)
+        each = (TILE / self.steps + SUMS / PART + STEP + STATE * self.share) * self.threads / 128
+        step = segments.busy(blocks, resident, processors, lambda count: (count + IDLE) * each / CYCLES)
+        scan = step * segments.walk(length, self.segments) * routes / self.groups
+        ends = segments.ends(samples, channels, states, routes, processors, length, self.segments)
+        total = samples * channels * length * (self.groups + 1) / SUMMED if self.groups > 1 else 0
+        return scan + ends + total
 
 
 def _row_bytes(width: int) -> int:
@@ -72,8 +79,12 @@ def possible(states: int) -> Iterator[tuple[int, int]]:
             yield share, lanes
 
 
-def forward(samples: int, channels: int, states: int, routes: int, processors: int) -> Lanes:
-    """The fastest by :meth:`Lanes.cycles`, for a GPU of so many multiprocessors."""
-    groups = (size for size in range(1, routes + 1) if routes % size == 0)
+def forward(samples: int, channels: int, states: int, routes: int, processors: int, length: int) -> Lanes:
+    """The fastest by :meth:`Lanes.time`, for a GPU of so many multiprocessors."""
+    groups = [size for size in range(1, routes + 1) if routes % size == 0]
     plans = [Lanes(*sizes, size) for size in groups for sizes in possible(states)]
-    return min(plans, key=lambda plan: plan.cycles(samples, channels, routes, processors))
+    for plan in [plan for plan in plans if plan.groups == routes]:
+        blocks, resident = routes * plan.blocks(samples, channels), RESIDENT // plan.threads
+        more = segments.counts(blocks, resident, processors, length)[1:]
+        plans += [plan._replace(segments=count) for count in more]
+    return min(plans, key=lambda plan: plan.time(samples, channels, states, routes, processors, length))

@@ -1,4 +1,5 @@
-// What the scans in CUDA C++ share: numbers as they are stored, softplus and its slope. It is compiled in front of each of them.
+// What the scans in CUDA C++ share: numbers as they are stored, softplus and its slope, sums over lanes. It is compiled in
+// front of each source.
 //
 // Compile-time: T_BF16, T_FP16 or T_FP32, the inputs' type.
 
@@ -19,6 +20,7 @@ __device__ __forceinline__ float real(unsigned short v) {
 #endif
 
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr unsigned ALL = ~0u;  // lanes of a warp
 
 __device__ __forceinline__ float power2(float v) {
     float f;
@@ -60,3 +62,23 @@ template <> __device__ __forceinline__ real_t stored<real_t>(float v) {
     return f;
 }
 #endif
+
+// Sums of COUNT values over the OVER lanes whose numbers differ in the bits from `bit` on. A lane ends up with COUNT / OVER of
+// them, from place * COUNT / OVER on.
+template <int COUNT, int OVER> __device__ __forceinline__ void sums(float (&v)[COUNT], int place, int bit) {
+    if constexpr (OVER > 1 && COUNT > 1) {
+        float half[COUNT / 2];
+        bool upper = place & OVER / 2;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; i++) {
+            float send = upper ? v[i] : v[i + COUNT / 2], keep = upper ? v[i + COUNT / 2] : v[i];
+            half[i] = keep + __shfl_xor_sync(ALL, send, OVER / 2 * bit);
+        }
+        sums<COUNT / 2, OVER / 2>(half, place, bit);
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; i++) v[i] = half[i];
+    } else if constexpr (OVER > 1) {
+        v[0] += __shfl_xor_sync(ALL, v[0], OVER / 2 * bit);
+        sums<COUNT, OVER / 2>(v, place, bit);
+    }
+}

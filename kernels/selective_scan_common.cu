@@ -3,7 +3,6 @@
 // Compile-time: S states of a lane, WIDE channels and MAPS numbers of B or C that are read at once, SOFTPLUS.
 
 constexpr int CHUNK = 64;  // steps from one kept state to the next
-constexpr unsigned ALL = ~0u;
 
 __host__ __device__ constexpr int lanes_of(int states) {  // of a channel, where each has S of its states
     int lanes = 1;
@@ -77,26 +76,6 @@ template <int COUNT> __device__ __forceinline__ void read(float (&to)[COUNT], co
         to[0] = v.x, to[1] = v.y;
     } else {
         to[0] = *from;
-    }
-}
-
-// Sums of V values over the P lanes whose numbers differ in the bits from `bit` on. A lane ends up with V / P of them, from
-// place * V / P on.
-template <int V, int P> __device__ __forceinline__ void sums(float (&v)[V], int place, int bit) {
-    if constexpr (P > 1 && V > 1) {
-        float half[V / 2];
-        bool upper = place & P / 2;
-#pragma unroll
-        for (int i = 0; i < V / 2; i++) {
-            float send = upper ? v[i] : v[i + V / 2], keep = upper ? v[i + V / 2] : v[i];
-            half[i] = keep + __shfl_xor_sync(ALL, send, P / 2 * bit);
-        }
-        sums<V / 2, P / 2>(half, place, bit);
-#pragma unroll
-        for (int i = 0; i < V / 2; i++) v[i] = half[i];
-    } else if constexpr (P > 1) {
-        v[0] += __shfl_xor_sync(ALL, v[0], P / 2 * bit);
-        sums<V, P / 2>(v, place, bit);
     }
 }
 

@@ -7,7 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba.kernels import depthwise_silu_cuda, layer_norm_cuda, nvrtc, scan2d_cuda, scan2d_plan, selective_scan_cuda
+from vmamba.kernels import (
+    add_norm_cuda,
+    depthwise_silu_cuda,
+    gated_merge_cuda,
+    instance_norm_cuda,
+    layer_norm_cuda,
+    nvrtc,
+    route_conv_cuda,
+    route_weights_cuda,
+    scan2d_cuda,
+    scan2d_plan,
+    selective_scan_cuda,
+    stored,
+)
 from vmamba.kernels import selective_scan_plan as plans
 
 pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")
@@ -17,6 +30,7 @@ pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came w
     "architecture, settings",
     [
         (90, (torch.bfloat16, 1, 6, True)),  # VMamba-T, first stage
+        (90, (torch.bfloat16, 1, 6, True, True, True)),  # the same, in segments
         (80, (torch.float16, 1, 24, False)),
         (90, (torch.bfloat16, 64, 64, False)),
     ],
@@ -32,6 +46,7 @@ def test_scan2d_compiles(architecture, settings):
     "architecture, sizes, n, rank, flags",
     [
         (90, (2, 8, 4), 16, 12, (True, True)),  # Vanilla-VMamba, first stage
+        (80, (4, 4, 4, 22), 16, 12, (False, True)),
         (80, (4, 4, 1), 16, 5, (False, False)),
         (80, (4, 16, 1), 64, 64, (True, False)),
     ],
@@ -42,6 +57,14 @@ def test_scan2d_of_several_states_compiles(architecture, sizes, n, rank, flags):
     text = nvrtc.text_of(scan2d_cuda.LANES_FORWARD)
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{define}" for define in defines)]
     assert b"forward" in nvrtc.compile(text, options)
+
+
+@pytest.mark.parametrize("architecture, n, rank, whole", [(90, 1, 6, 1), (80, 16, 24, 0), (80, 64, 64, 1)])
+def test_ends_of_segments_compile(architecture, n, rank, whole):
+    defines = *scan2d_cuda._sizes(torch.float16, n, rank, False), f"WHOLE={whole}"
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{define}" for define in defines)]
+    cubin = nvrtc.compile(nvrtc.text_of(scan2d_cuda.ENDS), options)
+    assert all(name in cubin for name in (b"ends", b"backs"))
 
 
 def test_layer_norm_compiles():
@@ -60,6 +83,23 @@ def test_depthwise_silu_compiles(settings):
     text = nvrtc.text_of(depthwise_silu_cuda.SOURCE)
     cubin = nvrtc.compile(text, ["--gpu-architecture=sm_90", "--std=c++17", *flags])
     assert all(name in cubin for name in (b"backward", b"forward", b"transposed"))
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+PLANE = instance_norm_cuda.Kind(HALF, HALF, HALF, affine=True, act=True, add=True)
+OTHERS = [
+    (add_norm_cuda, add_norm_cuda.defines(192, True, FULL, HALF, (True,) * 4)),
+    (gated_merge_cuda, gated_merge_cuda.defines(HALF, HALF, HALF, 8, 2)),
+    (instance_norm_cuda, instance_norm_cuda.defines(PLANE, instance_norm_cuda.plan(4096, 2, False, True))),
+    (route_conv_cuda, route_conv_cuda.defines(HALF, 4, 8)),
+    (route_weights_cuda, stored.defines(P=FULL, X=HALF)),
+]
+
+
+@pytest.mark.parametrize("module, defines", OTHERS, ids=lambda t: getattr(t, "__name__", "").split(".")[-1])
+def test_the_other_kernels_compile(module, defines):
+    options = ["--gpu-architecture=sm_90", "--std=c++17", *(f"-D{define}" for define in defines)]
+    assert b"forward" in nvrtc.compile(nvrtc.text_of(module.SOURCE), options)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def gradients(dy, states, table, tensors):
 def test_gradients_however_the_work_is_shared_out(case, dtype, monkeypatch):
     groups, span = case[-2:]
 
-    def chosen(plan, samples, channels, routes, gpu):
+    def chosen(plan, samples, channels, *_):
         return plans.Blocks(groups, -(-channels // (plan.channels * span)), span)
 
     monkeypatch.setattr(scan2d_cuda, "spread", chosen)

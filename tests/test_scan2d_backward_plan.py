@@ -7,6 +7,7 @@ import torch
 
 from vmamba.kernels import nvrtc, scan2d_cuda
 from vmamba.kernels import scan2d_backward_plan as plans
+from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.selective_scan_plan import GPU
 
 LARGE, SMALL = GPU(132, 227 * 1024), GPU(20)
@@ -39,11 +40,13 @@ def test_what_does_not_fit_is_left_to_the_other_kernel():
 
 @pytest.mark.parametrize("samples, channels, routes, states, rank", NETWORKS)
 @pytest.mark.parametrize("gpu", [LARGE, LARGE._replace(processors=20)], ids=str)
-def test_each_channel_and_route_is_some_block_s(samples, channels, routes, states, rank, gpu):
+@pytest.mark.parametrize("length", [1, 196, 65536])
+def test_each_channel_and_route_is_some_block_s(samples, channels, routes, states, rank, gpu, length):
     plan = plans.lanes(states, rank, LARGE.shared)
     assert plan is not None
-    groups, across, span = plans.spread(plan, samples, channels, routes, gpu)
+    groups, across, span, count = plans.spread(plan, samples, channels, routes, gpu, length)
     assert not routes % groups
+    assert count == 1 or (length >= segments.LONG and (groups, span) == (routes, 1))
     assert (across - 1) * span * plan.channels < channels <= across * span * plan.channels
 
 
@@ -51,23 +54,27 @@ def test_few_blocks_take_one_route_each_and_many_share_the_memory_for_sums():
     few, many = (plans.lanes(16, rank, LARGE.shared) for rank in (12, 48))
     assert few is not None
     assert many is not None
-    assert plans.spread(few, 8, 192, 4, LARGE) == (4, 6, 1)
-    assert plans.spread(many, 128, 1536, 4, LARGE).span > 1
+    assert plans.spread(few, 8, 192, 4, LARGE, 784) == (4, 6, 1, 1)
+    assert plans.spread(many, 128, 1536, 4, LARGE, 196).span > 1
+    assert plans.spread(few, 1, 192, 4, LARGE, 4096) == (4, 6, 1, 16)
 
 
 @pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")
 @pytest.mark.parametrize(
     "architecture, states, rank, settings",
     [
-        (90, 16, 12, (torch.bfloat16, True, True)),  # the second stage of networks with 16 states
-        (80, 5, 1, (torch.float16, False, False)),
-        (90, 64, 3, (torch.bfloat16, True, False)),
+        (90, 16, 12, (torch.bfloat16, True, True, False)),  # the second stage of networks with 16 states
+        (80, 5, 1, (torch.float16, False, False, True)),
+        (90, 64, 3, (torch.bfloat16, True, False, True)),
     ],
 )
 def test_it_compiles(architecture, states, rank, settings):
     plan = plans.lanes(states, rank, LARGE.shared)
     assert plan is not None
-    told = scan2d_cuda.backward_defines(plan, *settings), scan2d_cuda._sizes(settings[0], states, rank, True)
+    told = (
+        scan2d_cuda.backward_defines(plan, *settings, log_A=True),
+        scan2d_cuda._sizes(settings[0], states, rank, True),
+    )
     sources = (scan2d_cuda.LANES_BACKWARD, b"backward"), (scan2d_cuda.SUMS, b"totals")
     for defines, (source, name) in zip(told, sources, strict=True):
         flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{define}" for define in defines)]

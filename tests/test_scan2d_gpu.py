@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import vmamba
+from vmamba.kernels import scan2d_backward_plan as backward_plans
 from vmamba.kernels import scan2d_cuda, scan2d_reference, scan2d_triton
 from vmamba.kernels import scan2d_plan as plans
+from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.scan2d import scan2d
 from vmamba.scans import Scan
 
@@ -29,6 +31,14 @@ CASES = [  # batch, grid, d, r, n, scan
     (3, (20, 20), 384, 24, 16, "cross"),
     (2, (8, 8), 40, 1, 5, "atrous"),
     (4, (10, 10), 1536, 48, 16, "cross"),
+]
+SEGMENTED = [
+    (2, (16, 17), 40, 6, 1, "cross"),
+    (1, (23, 29), 96, 12, 16, "cross"),
+    (2, (13, 15), 24, 5, 4, "bidirectional"),
+    (2, (13, 13), 16, 3, 2, "atrous"),
+    (1, (15, 15), 16, 48, 64, "raster"),
+    (1, (14, 14), 40, 20, 24, "cross"),
 ]
 PLANS = [(r, n, sizes) for r, n in [(5, 4), (6, 5), (12, 16), (48, 20), (64, 64)] for sizes in plans.possible(n)]
 
@@ -60,6 +70,7 @@ def test_values_and_gradients(case, backend, dtype, programs, monkeypatch):
         groups = 1 if programs == 1 else len(Scan(case[5]).table(*case[1], "cuda").routes)
         chosen = scan2d_cuda._plan
         monkeypatch.setattr(scan2d_cuda, "_plan", lambda *sizes: chosen(*sizes)._replace(groups=groups))
+        monkeypatch.setattr(scan2d_cuda, "_grid", scan2d_cuda._grid.__wrapped__)  # not what it found before
     monkeypatch.setattr(backend, "PROGRAMS", programs)
     monkeypatch.setattr(backend, "SHORT", 0, raising=False)
     assert backend.why_not(*inputs(case, dtype)[0]) is None
@@ -91,6 +102,51 @@ def test_every_plan_gives_the_same(r, n, sizes, scan, dtype, monkeypatch):
     for got, right in zip((y, states), exact, strict=True):
         assert (got.double() - right).norm() <= 1e-3 * right.norm()
     assert torch.equal(scan2d_cuda.values(*tensors, *table[:2]), y)
+
+
+@pytest.mark.parametrize("dtype", scan2d_cuda.TYPES)
+@pytest.mark.parametrize("count", [2, 5, 50])
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
+def test_routes_in_segments(case, count, dtype, monkeypatch):
+    tensors, table = inputs(case, dtype)
+    tensors[3], tensors[5] = tensors[3] / 10, tensors[5] - 2  # so that much of a state outlasts a segment
+    k, blocks, lanes = len(table.routes), backward_plans.Blocks, next(plans.possible(case[4]))
+    monkeypatch.setattr(scan2d_cuda, "_grid", lambda _, b, d, *rest: (k, b * -(-d // scan2d_cuda.CHANNELS), count))
+    monkeypatch.setattr(scan2d_cuda, "_plan", lambda *_: plans.Lanes(*lanes, k, count))
+    monkeypatch.setattr(scan2d_cuda, "spread", lambda plan, b, d, *_: blocks(k, -(-d // plan.channels), 1, count))
+    y, states = scan2d_cuda.forward(*tensors, *table[:2])
+    exact = [t.double() for t in tensors]
+    right, right_states = scan2d_reference.forward(*exact, *table[:2])
+    dy = torch.randn_like(y)
+    got = scan2d_cuda.backward(dy, states, *table[:2], *tensors)
+    expected = scan2d_reference.backward(dy.double(), right_states, *table[:2], *exact)
+    for one, two in zip((y, states), (right, right_states), strict=True):
+        assert (one.double() - two).norm() <= BOUNDS[dtype][0] * two.norm()
+    for one, two in zip(got, expected, strict=True):
+        assert (one.double() - two).norm() <= BOUNDS[dtype][1] * two.norm()
+    assert torch.equal(scan2d_cuda.values(*tensors, *table[:2]), y)
+
+
+@pytest.mark.parametrize("states", [1, 16])
+def test_one_large_image_is_cut_and_equals_itself_uncut(states, monkeypatch):
+    tensors, table = inputs((1, (96, 96), 96, 6, states, "cross"), torch.bfloat16)
+    planners = scan2d_cuda._grid, scan2d_cuda._plan, scan2d_cuda.spread
+
+    def results():
+        for planner in planners:
+            planner.cache_clear()
+        y, kept = scan2d_cuda.forward(*tensors, *table[:2])
+        return y, *scan2d_cuda.backward(tensors[0].float(), kept, *table[:2], *tensors)
+
+    cut = results()
+    with monkeypatch.context() as uncut:
+        uncut.setattr(segments, "counts", lambda *_: [1])
+        whole = results()
+    again = results()
+    assert not torch.equal(cut[0], whole[0]), "it was not cut"
+    for one, two, three in zip(cut, whole, again, strict=True):
+        assert (one.float() - two.float()).norm() <= 1e-3 * two.float().norm()
+        assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -11,15 +11,18 @@ SHARED = 99 * 1024  # bytes that a block may have on any GPU from compute capabi
 @pytest.mark.parametrize(
     "sizes, plan",
     [
-        ((8, 192, 16, 4), (2, 8, 4)),  # 384 blocks for 132 multiprocessors
-        ((30, 192, 16, 4), (4, 4, 4)),  # Swin-UMamba's first stage in training
-        ((30, 1536, 16, 4), (4, 4, 1)),  # its last: blocks enough for one route after the other
-        ((8, 384, 4, 4), (1, 4, 4)),
-        ((1, 96, 64, 1), (4, 16, 1)),
+        ((8, 192, 16, 4, 3136), (2, 8, 4, 1)),  # 384 blocks for 132 multiprocessors
+        ((30, 192, 16, 4, 6400), (4, 4, 4, 1)),  # Swin-UMamba's first stage in training
+        ((30, 1536, 16, 4, 100), (4, 4, 1, 1)),  # its last: blocks enough for one route after the other
+        ((8, 384, 4, 4, 196), (1, 4, 4, 1)),
+        ((1, 96, 64, 1, 196), (4, 16, 1, 1)),
+        ((1, 192, 16, 4, 4096), (4, 4, 4, 22)),  # VM-UNet's first stage, one image
+        ((1, 192, 16, 4, 196), (2, 8, 4, 1)),  # too short for segments
     ],
 )
 def test_forward(sizes, plan):
-    assert plans.forward(*sizes, 132) == plan
+    *shape, length = sizes
+    assert plans.forward(*shape, 132, length) == plan
 
 
 @pytest.mark.parametrize("states", range(scan2d_cuda.SEVERAL, scan2d_cuda.MOST + 1))
@@ -36,8 +39,8 @@ def test_every_state_has_its_lane(states):
 @pytest.mark.parametrize("routes", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("processors", [1, 20, 132])
 def test_groups_share_the_routes_evenly(routes, processors):
-    for samples, channels in (1, 8), (1, 192), (8, 384), (128, 1536):
-        plan = plans.forward(samples, channels, 16, routes, processors)
-        assert routes % plan.groups == 0
-        worst = max(plans.Lanes(4, 4, g).cycles(samples, channels, routes, processors) for g in {1, routes})
-        assert plan.cycles(samples, channels, routes, processors) <= worst
+    for samples, channels, length in (1, 8, 65536), (1, 192, 49), (8, 384, 4096), (128, 1536, 196):
+        sizes = samples, channels, 16, routes, processors, length
+        plan = plans.forward(*sizes)
+        assert routes % plan.groups == 0 and (plan.segments == 1 or plan.groups == routes)
+        assert plan.time(*sizes) <= max(plans.Lanes(4, 4, groups).time(*sizes) for groups in {1, routes})

@@ -92,6 +92,7 @@ def _instance_norm(b, c, d, h, w, dtype, device) -> Inputs:
 
 STAGES = {f"VMamba-T stage {i + 1}": (128, 56 >> i, 56 >> i, 96 << i) for i in range(4)}
 STAGES["VMamba-T stage 1 at 1024"] = (4, 256, 256, 96)
+STATES = {"Vanilla-VMamba stage 1": (8, 56, 56, 192, 16), "VM-UNet stage 1, one image": (1, 64, 64, 192, 16)}
 SEQUENCES = {
     "VMamba-T stage 1": (128, 4, 3136, 96, 1),
     "VMamba-T stage 3": (128, 4, 196, 384, 1),
@@ -116,7 +117,7 @@ VOLUMES = {
 DELTA = {"16 heads of 128": (4, 16, 2048, 128, 128), "8 heads of 64": (8, 8, 1024, 64, 64)}
 
 OPERATORS = {
-    "scan2d": Operator("b, h, w, d, n", _scan2d, {name: (*case, 1) for name, case in STAGES.items()}),
+    "scan2d": Operator("b, h, w, d, n", _scan2d, {name: (*case, 1) for name, case in STAGES.items()} | STATES),
     "ss2d": Operator("b, h, w, c", _ss2d, STAGES),
     "selective_scan": Operator("b, k, l, d, n", _selective_scan, SEQUENCES),
     "ssd": Operator("b, k, l, m, p, n", _ssd, DUALITY),
