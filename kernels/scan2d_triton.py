@@ -2,7 +2,8 @@
 
 A program scans BD channels of one sample along a route. Routes come one after the other, each added to the sum, so that
 there are no atomics and nothing of size k * d * l in memory. Where that makes too few programs, routes run side by side
-with slices of their own, which are summed in a fixed order. Tiles, segments and the recurrence in a tile are those of
+with slices of their own, which are summed in a fixed order. Few long routes are cut, too (``scan2d_ends_triton``); what
+is called a segment below is a part of a tile. Tiles, segments and the recurrence in a tile are those of
 ``selective_scan_triton``. The forward projects delta inside the tile. The backward, whose gradients need products over
 all pixels anyway, projects it in image order, a route at a time (several where they are small), which leaves it
 registers to load a tile ahead.
@@ -14,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmamba.kernels import scan2d_ends_triton as ends
+from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.backends import other_types
+from vmamba.kernels.scan2d_ends_triton import entering
+from vmamba.kernels.selective_scan_cuda import gpu_of
 from vmamba.kernels.selective_scan_reference import CHUNK
 from vmamba.kernels.selective_scan_triton import STEPS, _on, _scan, _step_size
 
@@ -22,11 +27,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PROGRAMS = 256  # fewer than this do not fill a large GPU: routes then get programs of their own
 # Tiles of S segments x STEPS x BD channels, measured on an H200; only one state fits in registers from tile to tile.
 WIDE = {"S": 4, "BD": 32, "num_warps": 4, "maxnreg": 128}  # forward, one state, many programs
-LONG = {"S": 8, "BD": 16, "num_warps": 4, "maxnreg": 128}  # forward, else
+LONG = ends.TILE  # forward, else
 BACK = {"S": 8, "BD": 16, "num_warps": 4, "maxnreg": 168}  # S * STEPS = CHUNK: a tile starts from a state that was kept
 BYTES = 1 << 27  # of delta's projections at a time in the backward: those of one route, or of several small ones
 LOG2E = tl.constexpr(1.4426950408889634)
-_jit = triton.jit(do_not_specialize=["p", "k", "length", "d", "share", "route", "slot", "slots", "add", "rows"])
+RESIDENT, WORTH = 3, 6  # programs of a multiprocessor that segments make; fewer are not worth another launch
+_INTEGERS = ["p", "k", "full", "d", "share", "route", "slot", "slots", "add", "per", "rows"]
+_jit = triton.jit(do_not_specialize=_INTEGERS)
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -36,10 +43,10 @@ def why_not(*tensors: Tensor) -> str | None:
 
 @_jit
 def _forward_kernel(
-    x, projected, dt_proj, A, D, bias, routes, y, states,
-    p, k, length, d, share, rows,
+    x, projected, dt_proj, A, D, bias, routes, y, states, end_states, end_steps,
+    p, k, full, d, share, per, rows,
     N: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    S: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, LOG_A: tl.constexpr,
+    S: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, LOG_A: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     real = y.dtype.element_ty
     W: tl.constexpr = R + 2 * N
@@ -47,6 +54,12 @@ def _forward_kernel(
     c = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     bi = (tl.program_id(0) // blocks).to(tl.int64)
     group = tl.program_id(1)
+    nth = 0  # of a route's segments
+    if CUT:
+        nth = group // k
+        group = group % k
+    first = nth * per
+    length = min(per, full - first) if CUT else full
     segment = tl.arange(0, S)[:, None]
     t = segment * STEPS + tl.arange(0, STEPS)[None, :]  # (S, T)
     flat = tl.arange(0, S * STEPS)
@@ -57,9 +70,9 @@ def _forward_kernel(
     projected += bi * p * k * W
     for turn in range(share):
         ki = group * share + turn
-        route = routes + ki * length
+        route = routes + ki * full + first
         own = projected + ki * W
-        kept = states + (bi * k + ki) * tl.cdiv(length, CHUNK) * d * N + c * N
+        kept = states + ((bi * k + ki) * tl.cdiv(full, CHUNK) + first // CHUNK) * d * N + c * N
         skip = tl.load(D + ki * d + c, in_c, 0).to(real)[None, None, :]
         shift = tl.load(bias + ki * d + c, in_c, 0).to(real)[None, None, :]
         weight = tl.load(dt_proj + (ki * d + c)[None, :] * R + rank[:, None], in_c[None, :] & (rank < R)[:, None], 0)
@@ -89,6 +102,8 @@ def _forward_kernel(
                 gain = push * Bt
                 if N > 1:
                     h = tl.load(kept + n, in_c & (start > 0), 0)
+                if CUT and start == 0:
+                    h = entering(end_states, end_steps, nth, bi * k + ki, rows * k, c, d, n, N, rate, in_c)
                 if N == 1 or start == 0:
                     tl.store(kept + n, h, in_c & (start % CHUNK == 0))
                 _first, before, h = _scan(a, gain, h, segment, S, BD, False)
@@ -115,9 +130,9 @@ def _fetch(x, raw, dy, dx, pixel, c, in_c, p, d, add):
 @_jit
 def _backward_kernel(
     dy, states, x, raw, projected, A, D, bias, routes,
-    dx, draw, dBC, dA, dD, dbias, carry,
-    p, k, length, d, route, slot, slots, add, rows,
-    N: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
+    dx, draw, dBC, dA, dD, dbias, carry, end_states, end_steps,
+    p, k, full, d, route, slot, slots, add, per, rows,
+    N: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     real = dy.dtype.element_ty
     W: tl.constexpr = R + 2 * N
@@ -125,9 +140,16 @@ def _backward_kernel(
     block = tl.program_id(0) % blocks
     c = block * BD + tl.arange(0, BD)
     bi = (tl.program_id(0) // blocks).to(tl.int64)
-    ki = route + tl.program_id(1)
-    slot += tl.program_id(1)
-    row = bi * k + ki
+    beside = tl.program_id(1)  # of the routes of a launch
+    nth = 0  # of a route's segments
+    if CUT:
+        nth = beside // k
+        beside = beside % k
+    first = nth * per
+    length = min(per, full - first) if CUT else full
+    ki = route + beside
+    slot += beside
+    part = (nth * rows + bi) * k + ki  # of sums over steps
     segment = tl.arange(0, S)[:, None]
     t = segment * STEPS + tl.arange(0, STEPS)[None, :]  # (S, T)
     in_c = c < d
@@ -135,12 +157,12 @@ def _backward_kernel(
     dy += bi * p * d
     raw += (bi * slots + slot) * p * d
     draw += (bi * slots + slot) * p * d
-    dx += (tl.program_id(1) * rows + bi) * p * d
+    dx += (beside * rows + bi) * p * d
     projected += bi * p * k * W + ki * W + R
     dBC += (block * rows + bi) * p * k * 2 * N + ki * 2 * N
-    routes += ki * length
-    carry += (row * d + c) * N
-    dA += ((row * S + segment) * d + c[None, :]) * N  # (S, BD)
+    routes += ki * full + first
+    carry += (part * d + c) * N
+    dA += ((part * S + segment) * d + c[None, :]) * N  # (S, BD)
     skip = tl.load(D + ki * d + c, in_c, 0).to(real)[None, None, :]
     shift = tl.load(bias + ki * d + c, in_c, 0).to(real)[None, None, :]
     m = tl.zeros([BD], real)
@@ -148,7 +170,7 @@ def _backward_kernel(
     sum_D = tl.zeros([S, BD], real)
     sum_bias = tl.zeros([S, BD], real)
     tiles = tl.cdiv(length, S * STEPS)
-    states += ((row * tiles + tiles - 1) * d + c) * N
+    states += (((bi * k + ki) * tl.cdiv(full, S * STEPS) + first // (S * STEPS) + tiles - 1) * d + c) * N
     last = (tiles - 1) * S * STEPS
     pixel = tl.load(routes + last + t, last + t < length, p)
     x1, raw1, g1, dx1 = _fetch(x, raw, dy, dx, pixel, c, in_c, p, d, add)
@@ -179,6 +201,10 @@ def _backward_kernel(
             _first, before, _last = _scan(a, gain, tl.load(states + n, in_c, 0), segment, S, BD, False)
             if N > 1:
                 m = tl.load(carry + n, in_c & (tile > 0), 0)
+            if CUT and tile == 0:
+                count = tl.cdiv(full, per) - 1
+                end = (count - 1) * rows * k + bi * k + ki
+                m = entering(end_states, end_steps, count - nth, end, -rows * k, c, d, n, N, rate * LOG2E, in_c)
             direct = Ct * g
             _first, after, m = _scan(a, a * direct, m, segment, S, BD, True)
             dh = direct + after
@@ -205,8 +231,8 @@ def _backward_kernel(
         states -= d * N
     if N == 1:
         tl.store(dA, sum_A, in_c[None, :])
-    tl.store(dD + row * d + c, tl.sum(sum_D, 0), in_c)
-    tl.store(dbias + row * d + c, tl.sum(sum_bias, 0), in_c)
+    tl.store(dD + part * d + c, tl.sum(sum_D, 0), in_c)
+    tl.store(dbias + part * d + c, tl.sum(sum_bias, 0), in_c)
 
 
 def forward(
@@ -221,9 +247,13 @@ def forward(
     wide = n == 1 and b * triton.cdiv(d, WIDE["BD"]) >= PROGRAMS
     groups, grid, options = _launch(x, dt_proj, routes, n, WIDE if wide else LONG)
     y = _slices(x, groups, options["WHOLE"])
+    cuts = _cuts(grid[0] * k, length, x.device) if groups == k else 1
+    per = segments.steps(length, cuts)
     with _on(x):
-        sizes = p, k, length, d, k // groups, b
-        _forward_kernel[grid](*tensors, y, states, *sizes, CHUNK=CHUNK, LOG_A=False, **options)
+        found = ends.find(True, *tensors[:4], *tensors[5:], per) if cuts > 1 else (y, y)
+        sizes, grid = (p, k, length, d, k // groups, per, b), (grid[0], groups * triton.cdiv(length, per))
+        flags = {"CHUNK": CHUNK, "LOG_A": False, "CUT": cuts > 1}
+        _forward_kernel[grid](*tensors, y, states, *found, *sizes, **flags, **options)
     return _total(y), states
 
 
@@ -237,9 +267,8 @@ def inline(
     tensors = [t.contiguous() for t in (x, projected, dt_proj, A, D, bias, routes)]
     states = x.new_empty(b, k, triton.cdiv(length, CHUNK), d, n, dtype=torch.float32)
     y = _slices(x, groups, options["WHOLE"])
-    _forward_kernel[grid](
-        *tensors, y, states, p, k, length, d, k // groups, b, CHUNK=CHUNK, LOG_A=log_A, **options
-    )  # fmt: skip
+    sizes, flags = (p, k, length, d, k // groups, length, b), {"CHUNK": CHUNK, "LOG_A": log_A, "CUT": False}
+    _forward_kernel[grid](*tensors, y, states, y, y, *sizes, **flags, **options)
     return _total(y)
 
 
@@ -267,10 +296,14 @@ def backward(
     dx = _slices(x, abreast, whole)
     new = states.new_empty if whole else states.new_zeros
     dBC = new(triton.cdiv(d, BACK["BD"]), b, p, k, 2 * n)
-    dA, carry = states.new_empty(b, k, BACK["S"], d, n), states.new_empty(b, k, d, n)
-    dD, dbias = states.new_empty(b, k, d), states.new_empty(b, k, d)
+    cuts = _cuts(blocks * k, length, x.device) if abreast == k else 1
+    per = segments.steps(length, cuts)
+    parts = b * triton.cdiv(length, per)
+    dA, carry = states.new_empty(parts, k, BACK["S"], d, n), states.new_empty(parts, k, d, n)
+    dD, dbias = states.new_empty(parts, k, d), states.new_empty(parts, k, d)
     dprojected, ddt_proj = torch.empty_like(projected), torch.empty_like(dt_proj)
     with _on(x):
+        found = ends.find(False, dy, projected, dt_proj.contiguous(), A, bias, routes, per) if cuts > 1 else (dx, dx)
         for start in range(0, k, at_once):
             these = slice(start, min(start + at_once, k))
             factor = projected[:, :, these, :rank].transpose(1, 2)  # (b, routes, p, r)
@@ -278,10 +311,10 @@ def backward(
             raw = (factor @ weight.mT).contiguous()  # (b, routes, p, d)
             draw = torch.empty_like(raw) if whole else torch.zeros_like(raw)
             for route in range(these.start, these.stop, abreast):
-                _backward_kernel[(blocks, abreast)](
-                    dy, states, x, raw, projected, A, D, bias, routes, dx, draw, dBC, dA, dD, dbias, carry,
-                    p, k, length, d, route, route - start, raw.shape[1], int(route > 0 or not whole), b,
-                    n, rank, **BACK,
+                _backward_kernel[(blocks, abreast * (parts // b))](
+                    dy, states, x, raw, projected, A, D, bias, routes, dx, draw, dBC, dA, dD, dbias, carry, *found,
+                    p, k, length, d, route, route - start, raw.shape[1], int(route > 0 or not whole), per, b,
+                    n, rank, CUT=cuts > 1, **BACK,
                 )  # fmt: skip
             dprojected[:, :, these, :rank] = (draw @ weight).transpose(1, 2)
             ddt_proj[these] = (draw.mT @ factor).sum(0, dtype=torch.float32)
@@ -296,14 +329,19 @@ def _launch(x: Tensor, dt_proj: Tensor, routes: Tensor, n: int, tile: dict) -> t
     blocks = b * triton.cdiv(d, tile["BD"])
     groups = next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k))
     options = {
-        "N": n,
-        "R": rank,
-        "RANKS": max(16, triton.next_power_of_2(rank)),
+        **ends.projection(x, n, rank),
         "WHOLE": length == p,  # a route that visits no pixel twice then visits each
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         **tile,
     }
     return groups, (blocks, groups), options
+
+
+def _cuts(programs: int, length: int, device: torch.device) -> int:
+    """Segments of each route, where so many programs scan whole ones."""
+    if device.type != "cuda":
+        return 1
+    count = segments.counts(programs, RESIDENT, gpu_of(device).processors, length)[-1]
+    return count if count >= WORTH else 1
 
 
 def _total(slices: Tensor) -> Tensor:

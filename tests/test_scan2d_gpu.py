@@ -104,39 +104,42 @@ def test_every_plan_gives_the_same(r, n, sizes, scan, dtype, monkeypatch):
     assert torch.equal(scan2d_cuda.values(*tensors, *table[:2]), y)
 
 
-@pytest.mark.parametrize("dtype", scan2d_cuda.TYPES)
+@pytest.mark.parametrize("backend, dtype", BACKENDS, ids=lambda t: str(getattr(t, "__name__", t)).split(".")[-1])
 @pytest.mark.parametrize("count", [2, 5, 50])
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
-def test_routes_in_segments(case, count, dtype, monkeypatch):
+def test_routes_in_segments(case, count, backend, dtype, monkeypatch):
     tensors, table = inputs(case, dtype)
     tensors[3], tensors[5] = tensors[3] / 10, tensors[5] - 2  # so that much of a state outlasts a segment
     k, blocks, lanes = len(table.routes), backward_plans.Blocks, next(plans.possible(case[4]))
     monkeypatch.setattr(scan2d_cuda, "_grid", lambda _, b, d, *rest: (k, b * -(-d // scan2d_cuda.CHANNELS), count))
     monkeypatch.setattr(scan2d_cuda, "_plan", lambda *_: plans.Lanes(*lanes, k, count))
     monkeypatch.setattr(scan2d_cuda, "spread", lambda plan, b, d, *_: blocks(k, -(-d // plan.channels), 1, count))
-    y, states = scan2d_cuda.forward(*tensors, *table[:2])
+    monkeypatch.setattr(scan2d_triton, "_cuts", lambda *_: count)
+    y, states = backend.forward(*tensors, *table[:2])
     exact = [t.double() for t in tensors]
     right, right_states = scan2d_reference.forward(*exact, *table[:2])
     dy = torch.randn_like(y)
-    got = scan2d_cuda.backward(dy, states, *table[:2], *tensors)
+    got = backend.backward(dy, states, *table[:2], *tensors)
     expected = scan2d_reference.backward(dy.double(), right_states, *table[:2], *exact)
     for one, two in zip((y, states), (right, right_states), strict=True):
         assert (one.double() - two).norm() <= BOUNDS[dtype][0] * two.norm()
     for one, two in zip(got, expected, strict=True):
         assert (one.double() - two).norm() <= BOUNDS[dtype][1] * two.norm()
-    assert torch.equal(scan2d_cuda.values(*tensors, *table[:2]), y)
+    if backend is scan2d_cuda:
+        assert torch.equal(backend.values(*tensors, *table[:2]), y)
 
 
+@pytest.mark.parametrize("backend, dtype", [(scan2d_cuda, torch.bfloat16), (scan2d_triton, torch.float32)])
 @pytest.mark.parametrize("states", [1, 16])
-def test_one_large_image_is_cut_and_equals_itself_uncut(states, monkeypatch):
-    tensors, table = inputs((1, (96, 96), 96, 6, states, "cross"), torch.bfloat16)
+def test_one_large_image_is_cut_and_equals_itself_uncut(states, backend, dtype, monkeypatch):
+    tensors, table = inputs((1, (96, 96), 96, 6, states, "cross"), dtype)
     planners = scan2d_cuda._grid, scan2d_cuda._plan, scan2d_cuda.spread
 
     def results():
         for planner in planners:
             planner.cache_clear()
-        y, kept = scan2d_cuda.forward(*tensors, *table[:2])
-        return y, *scan2d_cuda.backward(tensors[0].float(), kept, *table[:2], *tensors)
+        y, kept = backend.forward(*tensors, *table[:2])
+        return y, *backend.backward(tensors[0].float(), kept, *table[:2], *tensors)
 
     cut = results()
     with monkeypatch.context() as uncut:
