@@ -17,7 +17,6 @@ PART = 8  # steps in registers
 MOST_THREADS = 256  # of a block
 WARP = 32
 ALIGNED = 16  # bytes: to multiples of it a structure's size is rounded
-RESERVED = 1024  # bytes of shared memory that a block takes besides
 RESIDENT = 384  # threads of a multiprocessor, by their registers
 WAIT, ISSUE = 170, 40  # ns of a step, and more for each block of a multiprocessor; 4 states of a lane; estimates
 ADDED = 1.15  # times as long where channels of a block are added to others; measured: up to 1.12
@@ -56,8 +55,7 @@ class Lanes(NamedTuple):
 
     def resident(self, gpu: GPU) -> int:
         """Blocks of a multiprocessor that run at once."""
-        by_memory = (gpu.shared + RESERVED) // (self.shared_bytes + RESERVED)
-        return min(RESIDENT // self.threads, by_memory)
+        return min(RESIDENT // self.threads, gpu.blocks(self.shared_bytes))
 
     def defines(self) -> tuple[str, ...]:
         """What the compiler is told beside the sizes."""

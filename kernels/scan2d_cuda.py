@@ -96,7 +96,7 @@ def _run(
         groups, blocks, cuts = _grid("forward", b, d, k, length, x.device)
         run, threads = _kernel("forward", *setting, cuts > 1), THREADS
     else:
-        plan = _plan(b, d, n, k, length, x.device)
+        plan = _plan(plans.Scan(b, d, n, rank, k, length), x.device)
         groups, blocks, threads, cuts = plan.groups, plan.blocks(b, d), plan.threads, plan.segments
         run = _forward_kernel(plan, states is not None, *setting)
     per = segments.steps(length, cuts)
@@ -219,8 +219,8 @@ def _kernel(
 
 
 @cache
-def _plan(samples: int, channels: int, states: int, routes: int, length: int, device: torch.device) -> plans.Lanes:
-    return plans.forward(samples, channels, states, routes, gpu_of(device).processors, length)
+def _plan(scan: plans.Scan, device: torch.device) -> plans.Lanes:
+    return plans.forward(scan, gpu_of(device))
 
 
 @cache

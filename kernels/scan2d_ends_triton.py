@@ -20,6 +20,16 @@ _jit = triton.jit(do_not_specialize=["p", "k", "length", "d", "per", "count", "r
 
 
 @triton.jit
+def part_of_route(program, k, full, per, CUT: tl.constexpr):
+    """What a program scans: its route (of all k, where they are cut), which segment, its first step, its steps."""
+    nth = 0
+    if CUT:
+        nth = program // k
+        program = program % k
+    return program, nth, nth * per, min(per, full - nth * per) if CUT else full
+
+
+@triton.jit
 def entering(ends, sums, count, row, stride, c, d, n, N: tl.constexpr, rate, in_c):
     """State n (BD) after ``count`` segments, whose rows are ``stride`` apart from ``row`` on; rate is A log2(e)."""
     h = tl.zeros(rate.shape, rate.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmamba.kernels import scan2d_segments as segments
-from vmamba.kernels.selective_scan_plan import StateLanes
+from vmamba.kernels.selective_scan_plan import GPU, StateLanes
 
 SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
 LANES = 4, 8, 16  # of a channel
@@ -17,6 +17,17 @@ RESIDENT = 768  # threads of a multiprocessor, which bounds registers
 IDLE = 2  # as long as so many more blocks would take, a multiprocessor waits
 CYCLES = 1.7  # of a multiprocessor in a ns
 SUMMED = 970  # float32 numbers that a large GPU reads in a ns
+
+
+class Scan(NamedTuple):
+    """Sizes: b samples, d channels, n states, r ranks, k routes of l steps."""
+
+    samples: int
+    channels: int
+    states: int
+    rank: int
+    routes: int
+    length: int
 
 
 class Lanes(NamedTuple):
@@ -53,15 +64,23 @@ class Lanes(NamedTuple):
         sizes = f"S={self.share}", f"THREADS={self.threads}", f"BLOCKS={RESIDENT // self.threads}"
         return *sizes, f"BYTES={self.shared_bytes(states, rank)}"
 
-    def time(self, samples: int, channels: int, states: int, routes: int, processors: int, length: int) -> float:
+    def resident(self, states: int, rank: int, gpu: GPU) -> int:
+        """Blocks of a multiprocessor that run at once."""
+        return min(RESIDENT // self.threads, gpu.blocks(self.shared_bytes(states, rank)))
+
+    def time(self, scan: Scan, gpu: GPU) -> float:
         """ns, by the busiest multiprocessor, of the scan, of finding ends, and of the sum over groups."""
-        resident, blocks = RESIDENT // self.threads, self.groups * self.segments * self.blocks(samples, channels)
+        samples, channels, states, rank, routes, length = scan
+        resident, blocks = (
+            self.resident(states, rank, gpu),
+            self.groups * self.segments * self.blocks(samples, channels),
+        )
         each = (TILE / self.steps + SUMS / PART + STEP + STATE * self.share) * self.threads / 128
-        step = segments.busy(blocks, resident, processors, lambda count: (count + IDLE) * each / CYCLES)
-        scan = step * segments.walk(length, self.segments) * routes / self.groups
-        ends = segments.ends(samples, channels, states, routes, processors, length, self.segments)
+        step = segments.busy(blocks, resident, gpu.processors, lambda count: (count + IDLE) * each / CYCLES)
+        walk = step * segments.walk(length, self.segments) * routes / self.groups
+        ends = segments.ends(samples, channels, states, routes, gpu.processors, length, self.segments)
         total = samples * channels * length * (self.groups + 1) / SUMMED if self.groups > 1 else 0
-        return scan + ends + total
+        return walk + ends + total
 
 
 def _row_bytes(width: int) -> int:
@@ -79,12 +98,12 @@ def possible(states: int) -> Iterator[tuple[int, int]]:
             yield share, lanes
 
 
-def forward(samples: int, channels: int, states: int, routes: int, processors: int, length: int) -> Lanes:
-    """The fastest by :meth:`Lanes.time`, for a GPU of so many multiprocessors."""
-    groups = [size for size in range(1, routes + 1) if routes % size == 0]
-    plans = [Lanes(*sizes, size) for size in groups for sizes in possible(states)]
-    for plan in [plan for plan in plans if plan.groups == routes]:
-        blocks, resident = routes * plan.blocks(samples, channels), RESIDENT // plan.threads
-        more = segments.counts(blocks, resident, processors, length)[1:]
+def forward(scan: Scan, gpu: GPU) -> Lanes:
+    """The fastest by :meth:`Lanes.time`."""
+    groups = [size for size in range(1, scan.routes + 1) if scan.routes % size == 0]
+    plans = [Lanes(*sizes, size) for size in groups for sizes in possible(scan.states)]
+    for plan in [plan for plan in plans if plan.groups == scan.routes]:
+        blocks, resident = scan.routes * plan.blocks(*scan[:2]), plan.resident(scan.states, scan.rank, gpu)
+        more = segments.counts(blocks, resident, gpu.processors, scan.length)[1:]
         plans += [plan._replace(segments=count) for count in more]
-    return min(plans, key=lambda plan: plan.time(samples, channels, states, routes, processors, length))
+    return min(plans, key=lambda plan: plan.time(scan, gpu))

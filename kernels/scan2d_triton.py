@@ -18,7 +18,7 @@ from torch import Tensor
 from vmamba.kernels import scan2d_ends_triton as ends
 from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.backends import other_types
-from vmamba.kernels.scan2d_ends_triton import entering
+from vmamba.kernels.scan2d_ends_triton import entering, part_of_route
 from vmamba.kernels.selective_scan_cuda import gpu_of
 from vmamba.kernels.selective_scan_reference import CHUNK
 from vmamba.kernels.selective_scan_triton import STEPS, _on, _scan, _step_size
@@ -53,13 +53,7 @@ def _forward_kernel(
     blocks = tl.cdiv(d, BD)
     c = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     bi = (tl.program_id(0) // blocks).to(tl.int64)
-    group = tl.program_id(1)
-    nth = 0  # of a route's segments
-    if CUT:
-        nth = group // k
-        group = group % k
-    first = nth * per
-    length = min(per, full - first) if CUT else full
+    group, nth, first, length = part_of_route(tl.program_id(1), k, full, per, CUT)
     segment = tl.arange(0, S)[:, None]
     t = segment * STEPS + tl.arange(0, STEPS)[None, :]  # (S, T)
     flat = tl.arange(0, S * STEPS)
@@ -140,13 +134,7 @@ def _backward_kernel(
     block = tl.program_id(0) % blocks
     c = block * BD + tl.arange(0, BD)
     bi = (tl.program_id(0) // blocks).to(tl.int64)
-    beside = tl.program_id(1)  # of the routes of a launch
-    nth = 0  # of a route's segments
-    if CUT:
-        nth = beside // k
-        beside = beside % k
-    first = nth * per
-    length = min(per, full - first) if CUT else full
+    beside, nth, first, length = part_of_route(tl.program_id(1), k, full, per, CUT)  # of the routes of a launch
     ki = route + beside
     slot += beside
     part = (nth * rows + bi) * k + ki  # of sums over steps
