@@ -7,6 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from vmamba.kernels import scan2d_segments as segments
+from vmamba.kernels.scan2d_segments import Scan
 from vmamba.kernels.selective_scan_plan import GPU, StateLanes
 from vmamba.kernels.selective_scan_reference import CHUNK
 
@@ -84,25 +85,25 @@ def lanes(states: int, rank: int, shared: int) -> Lanes | None:
 
 
 @cache
-def spread(plan: Lanes, samples: int, channels: int, routes: int, gpu: GPU, length: int) -> Blocks:
+def spread(plan: Lanes, scan: Scan, gpu: GPU) -> Blocks:
     """What takes the least time by an estimate: steps on the busiest multiprocessor, and parts of sums in memory."""
-    pieces = -(-channels // plan.channels)
+    pieces, resident = -(-scan.channels // plan.channels), plan.resident(gpu)
     spans = {-(-pieces // across) for across in range(1, pieces + 1)}
-    shares = [groups for groups in range(1, routes + 1) if routes % groups == 0]
+    shares = [groups for groups in range(1, scan.routes + 1) if scan.routes % groups == 0]
     possible = [Blocks(groups, -(-pieces // span), span) for groups in shares for span in sorted(spans)]
-    resident = plan.resident(gpu)
-    cuts = segments.counts(samples * pieces * routes, resident, gpu.processors, length)[1:]
-    possible += [Blocks(routes, pieces, 1, count) for count in cuts]
+    cuts = segments.counts(scan.samples * pieces * scan.routes, resident, gpu.processors, scan.length)[1:]
+    possible += [Blocks(scan.routes, pieces, 1, count) for count in cuts]
 
     def together(count: int) -> float:  # ns of a step of so many blocks of a multiprocessor
         return (WAIT + ISSUE * count * plan.threads / 128) * (1 + plan.share) / 5
 
     def time(chosen: Blocks) -> float:  # ns
-        blocks = samples * chosen.across * chosen.groups * chosen.segments
-        turns = routes // chosen.groups * chosen.span * (ADDED if chosen.span > 1 else 1)
-        scans = segments.busy(blocks, resident, gpu.processors, together) * segments.walk(length, chosen.segments)
-        ends = segments.ends(samples, channels, plan.states, routes, gpu.processors, length, chosen.segments)
-        parts = chosen.groups * channels + chosen.across * routes * (plan.rank + 2 * plan.states)
-        return turns * scans + ends + samples * parts * length * 4 / SPEED
+        blocks = scan.samples * chosen.across * chosen.groups * chosen.segments
+        turns = scan.routes // chosen.groups * chosen.span * (ADDED if chosen.span > 1 else 1)
+        steps = turns * segments.walk(scan.length, chosen.segments)
+        parts = chosen.groups * scan.channels + chosen.across * scan.routes * (plan.rank + 2 * plan.states)
+        sums = scan.samples * parts * scan.length * 4 / SPEED
+        ends = segments.ends(scan, gpu.processors, chosen.segments)
+        return steps * segments.busy(blocks, resident, gpu.processors, together) + ends + sums
 
     return min(possible, key=time)

@@ -19,6 +19,7 @@ from vmamba.kernels import scan2d_plan as plans
 from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.backends import other_types
 from vmamba.kernels.scan2d_backward_plan import Lanes, lanes, spread
+from vmamba.kernels.scan2d_segments import Scan
 from vmamba.kernels.selective_scan_cuda import gpu_of
 
 SOURCE = Path(__file__).with_name("scan2d.cu")
@@ -91,17 +92,17 @@ def _run(
     """y; the states before each chunk are kept where there is room for them."""
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
     maps, weights = _inputs(x, projected), _weights(dt_proj, A, D, bias)
-    setting, shares = (x.dtype, n, rank, length == p, x.device.index, log_A), _new(x, length == p)
+    setting, scan = (x.dtype, n, rank, length == p, x.device.index, log_A), Scan(b, d, n, rank, k, length)
     if n < SEVERAL:
-        groups, blocks, cuts = _grid("forward", b, d, k, length, x.device)
+        groups, blocks, cuts = _grid("forward", scan, x.device)
         run, threads = _kernel("forward", *setting, cuts > 1), THREADS
     else:
-        plan = _plan(plans.Scan(b, d, n, rank, k, length), x.device)
+        plan = _plan(scan, x.device)
         groups, blocks, threads, cuts = plan.groups, plan.blocks(b, d), plan.threads, plan.segments
         run = _forward_kernel(plan, states is not None, *setting)
     per = segments.steps(length, cuts)
     ends = _ends("ends", *maps, weights, routes, per, log_A)
-    y = shares(groups, b, p, d, dtype=torch.float32)
+    y = _new(x, length == p)(groups, b, p, d, dtype=torch.float32)
     inputs, sizes = (*maps, *weights, routes), (p, k, length, d, k // groups, per, b)
     run((blocks, groups * -(-length // per)), threads, *inputs, y, y if states is None else states, *ends, *sizes)
     return _total(y)
@@ -182,13 +183,14 @@ class _Launch(NamedTuple):
 def _backward(x: Tensor, n: int, rank: int, k: int, length: int, log_A: bool) -> _Launch:
     """By the kernel for several states, or, where they do not fit, by the one for few."""
     (b, p, d), gpu = x.shape, gpu_of(x.device)
-    setting, plan = (x.dtype, n, rank, length == p, x.device.index, log_A), lanes(n, rank, gpu.shared)
+    setting, scan = (x.dtype, n, rank, length == p, x.device.index, log_A), Scan(b, d, n, rank, k, length)
+    plan = lanes(n, rank, gpu.shared)
     if plan is None:
-        groups, blocks, cuts = _grid("backward", b, d, k, length, x.device)
+        groups, blocks, cuts = _grid("backward", scan, x.device)
         pieces, per = max(1, 8 // (2 * _ranks(rank))), segments.steps(length, cuts)
         run = _kernel("backward", *setting, cuts > 1)
         return _Launch(run, groups, blocks // b, THREADS, (k // groups,), per, pieces)
-    groups, across, span, cuts = spread(plan, b, d, k, gpu, length)
+    groups, across, span, cuts = spread(plan, scan, gpu)
     run = _lanes_kernel(plan, x.dtype, length == p, span > 1, cuts > 1, x.device.index, log_A)
     return _Launch(run, groups, across, plan.threads, (k // groups, span), segments.steps(length, cuts), 1)
 
@@ -219,7 +221,7 @@ def _kernel(
 
 
 @cache
-def _plan(scan: plans.Scan, device: torch.device) -> plans.Lanes:
+def _plan(scan: Scan, device: torch.device) -> plans.Lanes:
     return plans.forward(scan, gpu_of(device))
 
 
@@ -264,9 +266,9 @@ def shared_bytes(n: int, rank: int) -> tuple[int, int]:
 
 
 @cache
-def _grid(name: str, b: int, d: int, k: int, length: int, device: torch.device) -> tuple[int, int, int]:
+def _grid(name: str, scan: Scan, device: torch.device) -> tuple[int, int, int]:
     """Groups of routes that run side by side, blocks of channels and samples, and segments, for few states."""
-    blocks = b * -(-d // CHANNELS)
+    blocks, k, length = scan.samples * -(-scan.channels // CHANNELS), scan.routes, scan.length
     if length <= SHORT:
         return 1, blocks, 1
     groups = next(g for g in range(1, k + 1) if k % g == 0 and (blocks * g >= PROGRAMS or g == k))
@@ -276,7 +278,7 @@ def _grid(name: str, b: int, d: int, k: int, length: int, device: torch.device) 
 
     def time(count: int) -> float:
         each = segments.busy(blocks * k * count, resident, processors, lambda beside: step + more * beside)
-        return each * segments.walk(length, count) + segments.ends(b, d, 1, k, processors, length, count)
+        return each * segments.walk(length, count) + segments.ends(scan, processors, count)
 
     return groups, blocks, min(segments.counts(blocks * k, resident, processors, length), key=time)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmamba.kernels import scan2d_segments as segments
+from vmamba.kernels.scan2d_segments import Scan
 from vmamba.kernels.selective_scan_plan import GPU, StateLanes
 
 SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
@@ -17,17 +18,6 @@ RESIDENT = 768  # threads of a multiprocessor, which bounds registers
 IDLE = 2  # as long as so many more blocks would take, a multiprocessor waits
 CYCLES = 1.7  # of a multiprocessor in a ns
 SUMMED = 970  # float32 numbers that a large GPU reads in a ns
-
-
-class Scan(NamedTuple):
-    """Sizes: b samples, d channels, n states, r ranks, k routes of l steps."""
-
-    samples: int
-    channels: int
-    states: int
-    rank: int
-    routes: int
-    length: int
 
 
 class Lanes(NamedTuple):
@@ -70,17 +60,13 @@ class Lanes(NamedTuple):
 
     def time(self, scan: Scan, gpu: GPU) -> float:
         """ns, by the busiest multiprocessor, of the scan, of finding ends, and of the sum over groups."""
-        samples, channels, states, rank, routes, length = scan
-        resident, blocks = (
-            self.resident(states, rank, gpu),
-            self.groups * self.segments * self.blocks(samples, channels),
-        )
+        blocks = self.groups * self.segments * self.blocks(scan.samples, scan.channels)
         each = (TILE / self.steps + SUMS / PART + STEP + STATE * self.share) * self.threads / 128
+        resident = self.resident(scan.states, scan.rank, gpu)
         step = segments.busy(blocks, resident, gpu.processors, lambda count: (count + IDLE) * each / CYCLES)
-        walk = step * segments.walk(length, self.segments) * routes / self.groups
-        ends = segments.ends(samples, channels, states, routes, gpu.processors, length, self.segments)
-        total = samples * channels * length * (self.groups + 1) / SUMMED if self.groups > 1 else 0
-        return walk + ends + total
+        walk = step * segments.walk(scan.length, self.segments) * scan.routes / self.groups
+        total = scan.samples * scan.channels * scan.length * (self.groups + 1) / SUMMED if self.groups > 1 else 0
+        return walk + segments.ends(scan, gpu.processors, self.segments) + total
 
 
 def _row_bytes(width: int) -> int:
@@ -103,7 +89,8 @@ def forward(scan: Scan, gpu: GPU) -> Lanes:
     groups = [size for size in range(1, scan.routes + 1) if scan.routes % size == 0]
     plans = [Lanes(*sizes, size) for size in groups for sizes in possible(scan.states)]
     for plan in [plan for plan in plans if plan.groups == scan.routes]:
-        blocks, resident = scan.routes * plan.blocks(*scan[:2]), plan.resident(scan.states, scan.rank, gpu)
+        blocks = scan.routes * plan.blocks(scan.samples, scan.channels)
+        resident = plan.resident(scan.states, scan.rank, gpu)
         more = segments.counts(blocks, resident, gpu.processors, scan.length)[1:]
         plans += [plan._replace(segments=count) for count in more]
     return min(plans, key=lambda plan: plan.time(scan, gpu))

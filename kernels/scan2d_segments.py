@@ -1,9 +1,11 @@
-"""How the CUDA C++ fused 2D scan cuts few long routes into segments, whose ends ``scan2d_ends.cu`` finds.
+"""How many segments few long routes of the fused 2D scan are cut into.
 
-Times are in ns; constants were measured on an H200 (132 multiprocessors).
+Times are in ns; constants were measured on an H200 (132 multiprocessors), with the CUDA C++ kernels (``scan2d_ends.cu``
+finds the ends of segments).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from vmamba.kernels.selective_scan_reference import CHUNK
 
@@ -13,6 +15,17 @@ BEGIN = 56  # steps that could be taken while a block begins with a segment
 CHANNELS, STATES = 32, 16  # of a block that finds an end
 END, END_STATE = 7.0, 1.2  # of a step of such a block, and more for each state
 PASS = 3500.0  # that finding ends takes however short they are
+
+
+class Scan(NamedTuple):
+    """Sizes: b samples, d channels, n states, r ranks, k routes of l steps."""
+
+    samples: int
+    channels: int
+    states: int
+    rank: int
+    routes: int
+    length: int
 
 
 def steps(length: int, count: int) -> int:
@@ -34,12 +47,12 @@ def walk(length: int, count: int) -> float:
     return length / count + (BEGIN if count > 1 else 0)
 
 
-def ends(samples: int, channels: int, states: int, routes: int, processors: int, length: int, count: int) -> float:
+def ends(scan: Scan, processors: int, count: int) -> float:
     """What finding the ends of so many segments takes."""
     if count == 1:
         return 0
-    blocks = samples * -(-channels // CHANNELS) * routes * -(-states // STATES) * (count - 1)
-    return PASS + -(-blocks // processors) * (END + END_STATE * min(states, STATES)) * length / count
+    blocks = scan.samples * -(-scan.channels // CHANNELS) * scan.routes * -(-scan.states // STATES) * (count - 1)
+    return PASS + -(-blocks // processors) * (END + END_STATE * min(scan.states, STATES)) * scan.length / count
 
 
 def busy(blocks: int, resident: int, processors: int, step: Callable[[int], float]) -> float:

@@ -50,8 +50,8 @@ def gradients(dy, states, table, tensors):
 def test_gradients_however_the_work_is_shared_out(case, dtype, monkeypatch):
     groups, span = case[-2:]
 
-    def chosen(plan, samples, channels, *_):
-        return plans.Blocks(groups, -(-channels // (plan.channels * span)), span)
+    def chosen(plan, scan, gpu):
+        return plans.Blocks(groups, -(-scan.channels // (plan.channels * span)), span)
 
     monkeypatch.setattr(scan2d_cuda, "spread", chosen)
     dy, tensors, table = inputs(case, dtype)

@@ -44,7 +44,8 @@ def test_what_does_not_fit_is_left_to_the_other_kernel():
 def test_each_channel_and_route_is_some_block_s(samples, channels, routes, states, rank, gpu, length):
     plan = plans.lanes(states, rank, LARGE.shared)
     assert plan is not None
-    groups, across, span, count = plans.spread(plan, samples, channels, routes, gpu, length)
+    scan = segments.Scan(samples, channels, states, rank, routes, length)
+    groups, across, span, count = plans.spread(plan, scan, gpu)
     assert not routes % groups
     assert count == 1 or (length >= segments.LONG and (groups, span) == (routes, 1))
     assert (across - 1) * span * plan.channels < channels <= across * span * plan.channels
@@ -54,9 +55,9 @@ def test_few_blocks_take_one_route_each_and_many_share_the_memory_for_sums():
     few, many = (plans.lanes(16, rank, LARGE.shared) for rank in (12, 48))
     assert few is not None
     assert many is not None
-    assert plans.spread(few, 8, 192, 4, LARGE, 784) == (4, 6, 1, 1)
-    assert plans.spread(many, 128, 1536, 4, LARGE, 196).span > 1
-    assert plans.spread(few, 1, 192, 4, LARGE, 4096) == (4, 6, 1, 16)
+    assert plans.spread(few, segments.Scan(8, 192, 16, 12, 4, 784), LARGE) == (4, 6, 1, 1)
+    assert plans.spread(many, segments.Scan(128, 1536, 16, 48, 4, 196), LARGE).span > 1
+    assert plans.spread(few, segments.Scan(1, 192, 16, 12, 4, 4096), LARGE) == (4, 6, 1, 16)
 
 
 @pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")

@@ -110,10 +110,18 @@ def test_every_plan_gives_the_same(r, n, sizes, scan, dtype, monkeypatch):
 def test_routes_in_segments(case, count, backend, dtype, monkeypatch):
     tensors, table = inputs(case, dtype)
     tensors[3], tensors[5] = tensors[3] / 10, tensors[5] - 2  # so that much of a state outlasts a segment
-    k, blocks, lanes = len(table.routes), backward_plans.Blocks, next(plans.possible(case[4]))
-    monkeypatch.setattr(scan2d_cuda, "_grid", lambda _, b, d, *rest: (k, b * -(-d // scan2d_cuda.CHANNELS), count))
-    monkeypatch.setattr(scan2d_cuda, "_plan", lambda *_: plans.Lanes(*lanes, k, count))
-    monkeypatch.setattr(scan2d_cuda, "spread", lambda plan, b, d, *_: blocks(k, -(-d // plan.channels), 1, count))
+
+    def grid(_, scan, device):
+        return scan.routes, scan.samples * -(-scan.channels // scan2d_cuda.CHANNELS), count
+
+    def plan(scan, device):
+        return plans.Lanes(*next(plans.possible(scan.states)), scan.routes, count)
+
+    def spread(chosen, scan, gpu):
+        return backward_plans.Blocks(scan.routes, -(-scan.channels // chosen.channels), 1, count)
+
+    for name, forced in ("_grid", grid), ("_plan", plan), ("spread", spread):
+        monkeypatch.setattr(scan2d_cuda, name, forced)
     monkeypatch.setattr(scan2d_triton, "_cuts", lambda *_: count)
     y, states = backend.forward(*tensors, *table[:2])
     exact = [t.double() for t in tensors]

@@ -4,6 +4,7 @@ import pytest
 
 from vmamba.kernels import scan2d_cuda
 from vmamba.kernels import scan2d_plan as plans
+from vmamba.kernels.scan2d_segments import Scan
 from vmamba.kernels.selective_scan_plan import GPU
 
 SHARED = 99 * 1024  # bytes that a block may have on any GPU from compute capability 8.0 on
@@ -22,7 +23,7 @@ SHARED = 99 * 1024  # bytes that a block may have on any GPU from compute capabi
     ],
 )
 def test_forward(sizes, plan):
-    assert plans.forward(plans.Scan(*sizes), GPU(132, 227 * 1024)) == plan
+    assert plans.forward(Scan(*sizes), GPU(132, 227 * 1024)) == plan
 
 
 @pytest.mark.parametrize("states", range(scan2d_cuda.SEVERAL, scan2d_cuda.MOST + 1))
@@ -40,7 +41,7 @@ def test_every_state_has_its_lane(states):
 @pytest.mark.parametrize("processors", [1, 20, 132])
 def test_groups_share_the_routes_evenly(routes, processors):
     for samples, channels, length in (1, 8, 65536), (1, 192, 49), (8, 384, 4096), (128, 1536, 196):
-        scan, gpu = plans.Scan(samples, channels, 16, 12, routes, length), GPU(processors)
+        scan, gpu = Scan(samples, channels, 16, 12, routes, length), GPU(processors)
         plan = plans.forward(scan, gpu)
         assert routes % plan.groups == 0 and (plan.segments == 1 or plan.groups == routes)
         assert plan.time(scan, gpu) <= max(plans.Lanes(4, 4, groups).time(scan, gpu) for groups in {1, routes})

@@ -21,9 +21,9 @@ def test_segments_are_whole_chunks_and_not_too_short(blocks, length):
 
 
 def test_ends_cost_nothing_where_there_is_one_segment():
-    sizes = 1, 96, 1, 4, 132, 65536
-    assert segments.ends(*sizes, 1) == 0
-    assert segments.PASS < segments.ends(*sizes, 33) < segments.ends(*sizes, 2)
+    scan = segments.Scan(1, 96, 1, 6, 4, 65536)
+    assert segments.ends(scan, 132, 1) == 0
+    assert segments.PASS < segments.ends(scan, 132, 33) < segments.ends(scan, 132, 2)
 
 
 def test_busy_multiprocessors_take_rounds():
@@ -37,18 +37,19 @@ def test_busy_multiprocessors_take_rounds():
     [
         (
             "forward",
-            (1, 96, 4, 65536),
+            (1, 96, 1, 6, 4, 65536),
             33,
         ),  # VMamba-T's first stage, one image of 1024 x 1024
-        ("backward", (1, 96, 4, 65536), 22),
-        ("forward", (1, 96, 4, 3136), 11),  # of 224 x 224
-        ("forward", (8, 96, 4, 3136), 1),
-        ("forward", (1, 192, 4, 784), 1),
-        ("backward", (128, 96, 4, 3136), 1),
+        ("backward", (1, 96, 1, 6, 4, 65536), 22),
+        ("forward", (1, 96, 1, 6, 4, 3136), 11),  # of 224 x 224
+        ("forward", (8, 96, 1, 6, 4, 3136), 1),
+        ("forward", (1, 192, 1, 12, 4, 784), 1),
+        ("backward", (128, 96, 1, 6, 4, 3136), 1),
     ],
 )
 def test_few_states(name, sizes, cut, monkeypatch):
     monkeypatch.setattr(scan2d_cuda, "gpu_of", lambda _: GPU(132, 227 * 1024))
-    groups, _, count = scan2d_cuda._grid.__wrapped__(name, *sizes, None)
+    scan = segments.Scan(*sizes)
+    groups, _, count = scan2d_cuda._grid.__wrapped__(name, scan, None)
     assert count == cut
-    assert count == 1 or groups == sizes[2], "two routes of a block would need each other's segments"
+    assert count == 1 or groups == scan.routes, "two routes of a block would need each other's segments"
