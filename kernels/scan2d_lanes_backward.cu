@@ -12,7 +12,8 @@
 // without waiting, into the rows that this one is done with. Nothing is atomic.
 //
 // Compile-time: T_BF16 or T_FP16 (the inputs' type), N states, R ranks, S states of a lane, WHOLE (a route visits every pixel),
-// LOG_A, CUT (routes are cut into segments), SPANS (a block takes several groups of channels), THREADS of a block, BYTES of shared memory.
+// LOG_A, CUT (routes are cut into segments), SPANS (a block takes several groups of channels), THREADS of a block, BYTES of
+// shared memory.
 
 constexpr int WIDE = 1, MAPS = 1;  // of what is included, not used here
 constexpr bool SOFTPLUS = true;

@@ -33,17 +33,17 @@ __device__ __forceinline__ void total(const float* from, V* to, long long count,
 }
 
 // The gradients from what a backward leaves, one by each row of blocks: `shares` parts by routes, `blocks` by channels,
-// `rows` = b by samples. Weights' have `segments` more, dt_proj's each in `cuts`, by steps.
+// `rows` = b by samples. Weights' have `segments` more, dt_proj's each in `pieces`, by steps.
 extern "C" __global__ void __launch_bounds__(256)
 totals(const float* dx_parts, const float* dprojected_parts, const float* ddt_proj_parts, const float* dA_parts,
        const float* dD_parts, const float* dbias_parts, const float* A, u16* dx, u16* dprojected, float* ddt_proj, float* dA,
-       float* dD, float* dbias, int p, int k, int d, int shares, int blocks, int cuts, int segments,
+       float* dD, float* dbias, int p, int k, int d, int shares, int blocks, int pieces, int segments,
        int rows) {
     long long channels = (long long)k * d;
     switch (blockIdx.y) {
         case 0: return total(dx_parts, dx, (long long)rows * p * d, shares, 1, 1);
         case 1: return total(dprojected_parts, dprojected, (long long)rows * p * k * WIDTH, blocks, 1, 1);
-        case 2: return total(ddt_proj_parts, ddt_proj, channels * R, segments * rows, cuts, (long long)d * R);
+        case 2: return total(ddt_proj_parts, ddt_proj, channels * R, segments * rows, pieces, (long long)d * R);
         case 3: return total(dA_parts, dA, channels * N, segments * rows, 1, 1, LOG_A ? A : nullptr);
         case 4: return total(dD_parts, dD, channels, segments * rows, 1, 1);
         default: return total(dbias_parts, dbias, channels, segments * rows, 1, 1);

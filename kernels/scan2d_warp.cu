@@ -1,6 +1,7 @@
 // How a warp takes 8 steps of 32 channels, a lane one channel; included by scan2d.cu and scan2d_ends.cu.
 
-constexpr int WARPS = 8, STEPS = 8, RAW = 36;  // warps of a block, steps of a warp; a row of projected delta, without bank conflicts
+// Warps of a block, steps of a warp; a row of projected delta in shared memory, without bank conflicts
+constexpr int WARPS = 8, STEPS = 8, RAW = 36;
 
 // dt_proj at a channel and a rank, as the tensor cores take it
 __device__ __forceinline__ float weight_at(const float* dt_proj, int channel, int rank, int d) {
