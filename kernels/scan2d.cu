@@ -28,9 +28,8 @@ __device__ __forceinline__ int pixel_at(const int* route, int at, int length, in
 // Rows of projected for a warp's steps; where there is no pixel, those of pixel 0.
 __device__ __forceinline__ void load(Loaded& to, const u16* own, int pixel, int p, int kw) {
     int lane = threadIdx.x & 31;
-    unsigned row = (pixel < p ? pixel : 0) * kw * 2, mine = __shfl_sync(ALL, row, lane >> 2);
-#pragma unroll
-    for (int i = 0; i < 2 * KS; i++) to.factor[i] = fetch(own, mine + min(i * 4 + (lane & 3), R - 1) * 2);
+    unsigned row = (pixel < p ? pixel : 0) * kw * 2;
+    load_factors(to.factor, own, row);
 #pragma unroll
     for (int i = 0; i * 32 < STEPS * 2 * N; i++) {
         int v = i * 32 + lane;
@@ -104,7 +103,7 @@ forward(const u16* __restrict__ x, const u16* __restrict__ projected, const floa
         load_weights(m.weight, dt_proj + (long long)ki * d * R, c0, d);
         for (int n = warp; n < N; n += WARPS) {
             float by = decay(A[(ki * d + c) * N + n]) * LOG2E;
-            m.carry[0][n][lane] = entering(end_states, end_steps, segment.at, row * d + c, (long long)rows * k * d, n, by);
+            m.carry[0][n][lane] = entering<true>(segment, end_states, end_steps, row * d + c, (long long)rows * k * d, n, by);
         }
         Loaded next;
         int pixel = pixel_at(route, warp * STEPS, length, p);
@@ -227,7 +226,6 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
     bool in_c = c0 + lane < d;
     Segment segment(k / share, per, all);
     int kw = k * WIDTH, room = d - c0, length = segment.length, tiles = (length + TILE - 1) / TILE;
-    int later = segment.after(per, all);
     x = kept_pointer(x + bi * p * d + c0);
     dy = kept_pointer(dy + bi * p * d + c0);
     dx = kept_pointer(dx + (segment.group * (long long)rows + bi) * p * d + c0);
@@ -251,10 +249,9 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
             auto w = [&](int r, int q) { return weight_at(weight, r, q, d); };
             m.back[mt][ks][l] = make_float4(w(row, rank), w(row, rank + 8), w(row + 4, rank), w(row + 4, rank + 8));
         }
-        long long stride = (long long)rows * k * d, end = (segment.at + later - 1) * stride + row * d + c;
         for (int n = warp; n < N; n += WARPS) {
             float by = decay(A[(ki * d + c) * N + n]) * LOG2E;
-            m.carry[0][n][lane] = entering(end_states, end_steps, later, end, -stride, n, by);
+            m.carry[0][n][lane] = entering<false>(segment, end_states, end_steps, row * d + c, (long long)rows * k * d, n, by);
         }
         for (int n = 0; n < N; n++) m.dA[warp][n][lane] = 0;
         int last = (tiles - 1) * TILE + warp * STEPS;

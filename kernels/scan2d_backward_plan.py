@@ -7,8 +7,9 @@ from functools import cache
 from typing import NamedTuple
 
 from vmamba.kernels import scan2d_segments as segments
+from vmamba.kernels.gpu import GPU
 from vmamba.kernels.scan2d_segments import Scan
-from vmamba.kernels.selective_scan_plan import GPU, StateLanes
+from vmamba.kernels.selective_scan_plan import StateLanes
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 STATES = range(4, 65)  # with fewer there is too little to share

@@ -18,9 +18,9 @@ from vmamba.kernels import nvrtc
 from vmamba.kernels import scan2d_plan as plans
 from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.backends import other_types
+from vmamba.kernels.gpu import gpu_of
 from vmamba.kernels.scan2d_backward_plan import Lanes, lanes, spread
-from vmamba.kernels.scan2d_segments import Scan
-from vmamba.kernels.selective_scan_cuda import gpu_of
+from vmamba.kernels.scan2d_segments import Cut, Scan
 
 SOURCE = Path(__file__).with_name("scan2d.cu")
 LANES_FORWARD = SOURCE.with_name("scan2d_lanes.cu")
@@ -100,24 +100,24 @@ def _run(
         plan = _plan(scan, x.device)
         groups, blocks, threads, cuts = plan.groups, plan.blocks(b, d), plan.threads, plan.segments
         run = _forward_kernel(plan, states is not None, *setting)
-    per = segments.steps(length, cuts)
-    ends = _ends("ends", *maps, weights, routes, per, log_A)
+    cut = segments.cut(length, cuts)
+    ends = _ends("ends", *maps, weights, routes, cut, log_A)
     y = _new(x, length == p)(groups, b, p, d, dtype=torch.float32)
-    inputs, sizes = (*maps, *weights, routes), (p, k, length, d, k // groups, per, b)
-    run((blocks, groups * -(-length // per)), threads, *inputs, y, y if states is None else states, *ends, *sizes)
+    inputs, sizes = (*maps, *weights, routes), (p, k, length, d, k // groups, cut.per, b)
+    run((blocks, groups * cut.count), threads, *inputs, y, y if states is None else states, *ends, *sizes)
     return _total(y)
 
 
 def _ends(
-    name: str, values: Tensor, projected: Tensor, weights: Weights, routes: Tensor, per: int, log_A: bool
+    name: str, values: Tensor, projected: Tensor, weights: Weights, routes: Tensor, cut: Cut, log_A: bool
 ) -> tuple[Tensor, Tensor]:
-    """What segments of ``per`` steps make of nothing (segments - 1, b, k, d, n), and sums of their step sizes (..., d).
+    """What segments make of nothing (segments - 1, b, k, d, n), and sums of their step sizes (..., d).
 
     Of x (``ends``), but for the last segment, or of dy (``backs``), but for the first. Where there is one segment,
     tensors that are not read.
     """
     (b, p, d), (k, length), (n, rank) = values.shape, routes.shape, (weights.A.shape[-1], weights.dt_proj.shape[-1])
-    count = -(-length // per) - 1
+    count = cut.count - 1
     if not count:
         return weights.A, weights.A
     states, sums = weights.A.new_empty(count, b, k, d, n), weights.A.new_empty(count, b, k, d)
@@ -125,7 +125,7 @@ def _ends(
     run = nvrtc.kernel(ENDS, name, defines, values.device.index)
     grid = b * -(-d // segments.CHANNELS), k * count * -(-n // segments.STATES)
     inputs = values, projected, weights.dt_proj, weights.A, weights.bias, routes
-    run(grid, THREADS, *inputs, states, sums, p, k, length, d, per, count, b)
+    run(grid, THREADS, *inputs, states, sums, p, k, length, d, cut.per, count, b)
     return states, sums
 
 
@@ -147,18 +147,18 @@ def backward(
     (b, p, d), (k, length), n, rank = x.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
     maps, weights, dy = _inputs(x, projected), _weights(dt_proj, A, D, bias), _aligned(dy.contiguous())
     launch = _backward(x, n, rank, k, length, log_A)
-    groups, across, cuts = launch.groups, launch.across, -(-length // launch.per)
+    groups, across, cut = launch.groups, launch.across, launch.cut
     new, whole = states.new_empty, _new(states, length == p)
     dx, dprojected = whole(groups, b, p, d), whole(across, b, *projected.shape[1:])
     sums = (k, launch.pieces, d, rank), (k, d, n), (k, d), (k, d)
-    parts = dx, dprojected, *(new(cuts * b, *size) for size in sums)
-    ends = _ends("backs", dy, maps[1], weights, routes, launch.per, log_A)
-    inputs, sizes = (dy, states, *maps, *weights, routes), (p, k, length, d, *launch.turns, launch.per, b)
-    launch.run((b * across, groups * cuts), launch.threads, *inputs, *parts, *ends, *sizes)
+    parts = dx, dprojected, *(new(cut.count * b, *size) for size in sums)
+    ends = _ends("backs", dy, maps[1], weights, routes, cut, log_A)
+    inputs, sizes = (dy, states, *maps, *weights, routes), (p, k, length, d, *launch.turns, cut.per, b)
+    launch.run((b * across, groups * cut.count), launch.threads, *inputs, *parts, *ends, *sizes)
     grads = [new(t.shape, dtype=kind) for t, kind in zip(tensors, (x.dtype,) * 2 + (torch.float32,) * 4, strict=True)]
     size = min(TOTALS, -(-max(grads[0].numel(), grads[1].numel()) // EACH)), len(grads)
     add = nvrtc.kernel(SUMS, "totals", _sizes(x.dtype, n, rank, log_A), x.device.index)
-    add(size, THREADS, *parts, weights.A, *grads, p, k, d, groups, across, launch.pieces, cuts, b)
+    add(size, THREADS, *parts, weights.A, *grads, p, k, d, groups, across, launch.pieces, cut.count, b)
     return tuple(g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
@@ -167,7 +167,7 @@ class _Launch(NamedTuple):
 
     Args:
         groups, across: side by side, of routes, and blocks of channels. turns: what a block does one after the other,
-            routes and, in the kernel for several states, groups of channels. per: steps of a segment. pieces: of
+            routes and, in the kernel for several states, groups of channels. cut: a route's segments. pieces: of
             dt_proj's gradient of a route.
     """
 
@@ -176,7 +176,7 @@ class _Launch(NamedTuple):
     across: int
     threads: int
     turns: tuple[int, ...]
-    per: int
+    cut: Cut
     pieces: int
 
 
@@ -187,12 +187,12 @@ def _backward(x: Tensor, n: int, rank: int, k: int, length: int, log_A: bool) ->
     plan = lanes(n, rank, gpu.shared)
     if plan is None:
         groups, blocks, cuts = _grid("backward", scan, x.device)
-        pieces, per = max(1, 8 // (2 * _ranks(rank))), segments.steps(length, cuts)
+        pieces, cut = max(1, 8 // (2 * _ranks(rank))), segments.cut(length, cuts)
         run = _kernel("backward", *setting, cuts > 1)
-        return _Launch(run, groups, blocks // b, THREADS, (k // groups,), per, pieces)
+        return _Launch(run, groups, blocks // b, THREADS, (k // groups,), cut, pieces)
     groups, across, span, cuts = spread(plan, scan, gpu)
     run = _lanes_kernel(plan, x.dtype, length == p, span > 1, cuts > 1, x.device.index, log_A)
-    return _Launch(run, groups, across, plan.threads, (k // groups, span), segments.steps(length, cuts), 1)
+    return _Launch(run, groups, across, plan.threads, (k // groups, span), segments.cut(length, cuts), 1)
 
 
 @cache

@@ -53,9 +53,8 @@ __device__ __forceinline__ void scan(const V* values, const u16* projected, cons
     };
     auto load = [&](Loaded& to, int pixel) {  // where there is no pixel, what the last one has
         pixel = min(pixel, p - 1);
-        unsigned row = pixel * kw * 2, mine = __shfl_sync(ALL, row, lane / 4), of_value = pixel * d;
-#pragma unroll
-        for (int i = 0; i < 2 * KS; i++) to.factor[i] = fetch(projected, mine + min(i * 4 + lane % 4, R - 1) * 2);
+        unsigned row = pixel * kw * 2, of_value = pixel * d;
+        load_factors(to.factor, projected, row);
 #pragma unroll
         for (int i = 0; i < MAPS; i++) {
             int v = i * 32 + lane, n = min(n0 + v % EACH, N - 1);

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vmamba.kernels.scan2d_segments import Cut
 from vmamba.kernels.selective_scan_triton import STEPS, _scan, _step_size
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -102,20 +103,19 @@ def _ends_kernel(
 
 
 def find(
-    forward: bool, values: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, bias: Tensor, routes: Tensor, per: int
+    forward: bool, values: Tensor, projected: Tensor, dt_proj: Tensor, A: Tensor, bias: Tensor, routes: Tensor, cut: Cut
 ) -> tuple[Tensor, Tensor]:
-    """Ends (segments - 1, b, k, d, n), and sums of step sizes (..., d), of segments of ``per`` steps.
+    """Ends (segments - 1, b, k, d, n), and sums of step sizes (..., d), where there are several segments.
 
     Args: values: x, for states: all segments but the last; or dy, for adjoints: all but the first. Contiguous tensors.
     """
     (b, p, d), (k, length), n, rank = values.shape, routes.shape, A.shape[-1], dt_proj.shape[-1]
-    count = triton.cdiv(length, per) - 1
+    count = cut.count - 1
     ends, sums = (A.new_empty(count, b, k, *shape, dtype=torch.float32) for shape in ((d, n), (d,)))
-    if count:
-        _ends_kernel[b * triton.cdiv(d, TILE["BD"]), k * count](
-            values, projected, dt_proj, A, bias, routes, ends, sums, p, k, length, d, per, count, b,
-            FORWARD=forward, **projection(projected, n, rank), **TILE,
-        )  # fmt: skip
+    _ends_kernel[b * triton.cdiv(d, TILE["BD"]), k * count](
+        values, projected, dt_proj, A, bias, routes, ends, sums, p, k, length, d, cut.per, count, b,
+        FORWARD=forward, **projection(projected, n, rank), **TILE,
+    )  # fmt: skip
     return ends, sums
 
 

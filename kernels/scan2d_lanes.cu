@@ -123,12 +123,13 @@ forward(const real_t* __restrict__ x, const real_t* __restrict__ projected, cons
         const real_t* own = kept_pointer(projected + bi * p * kw + ki * WIDTH);
         long long row = bi * k + ki, chunk = row * ((all + CHUNK - 1) / CHUNK) + segment.first / CHUNK;
         float* kept = kept_pointer(states + (chunk * d + c) * N + lane * S);
+        long long stride = (long long)rows * k * d;
         float h[S], rate[S];
 #pragma unroll
         for (int s = 0; s < S; s++) {
             int n = lane * S + s;
             rate[s] = n < N ? decay(A[(ki * d + c) * N + n]) * LOG2E : 0.f;
-            h[s] = n < N ? entering(end_states, end_steps, segment.at, row * d + c, (long long)rows * k * d, n, rate[s]) : 0.f;
+            h[s] = n < N ? entering<true>(segment, end_states, end_steps, row * d + c, stride, n, rate[s]) : 0.f;
         }
         // Whether a pixel's row of projected starts amid a word: it is copied from that word on
         auto amid = [&](int pixel) { return WIDTH % 2 ? (int)((size_t)own / 2 + pixel * kw) & 1 : 0; };

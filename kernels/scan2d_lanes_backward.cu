@@ -72,7 +72,7 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
     bool counts = PLACES >= 4 || q / 2 == g % 2;
     Segment segment(k / share, per, all);
     int kw = k * WIDTH, blocks = (d + CHANNELS * span - 1) / (CHANNELS * span), block = blockIdx.x % blocks;
-    int length = segment.length, tiles = (length + CHUNK - 1) / CHUNK, later = segment.after(per, all);
+    int length = segment.length, tiles = (length + CHUNK - 1) / CHUNK;
     long long bi = blockIdx.x / blocks, part_of = segment.group * (long long)rows + bi;
 
 #pragma unroll 1
@@ -85,13 +85,13 @@ backward(const float* __restrict__ dy, const float* __restrict__ states, const u
         float *to_dx = dx + part_of * p * d + c0, *down = dprojected + (block * (long long)rows + bi) * p * kw + ki * WIDTH;
         long long row = bi * k + ki, chunk = row * ((all + CHUNK - 1) / CHUNK) + segment.first / CHUNK + tiles - 1;
         const float* kept = kept_pointer(states + (chunk * d + c) * N + lane * S);
+        long long stride = (long long)rows * k * d;
         float rate[S], carry[S], sum_A[S], skip = D[ki * d + c], sum_D = 0, sum_bias = 0, sum_W[MORE_W][4] = {};
 #pragma unroll
         for (int s = 0; s < S; s++) {
             int n = lane * S + s;
-            long long stride = (long long)rows * k * d, end = (segment.at + later - 1) * stride + row * d + c;
             sum_A[s] = 0, rate[s] = n < N ? decay(A[(ki * d + c) * N + n]) * LOG2E : 0.f;
-            carry[s] = n < N ? entering(end_states, end_steps, later, end, -stride, n, rate[s]) : 0.f;
+            carry[s] = n < N ? entering<false>(segment, end_states, end_steps, row * d + c, stride, n, rate[s]) : 0.f;
         }
         __syncthreads();  // the last route is done with shared memory
         load_weights(m, dt_proj + (long long)ki * d * R, bias + ki * d, c0, d);

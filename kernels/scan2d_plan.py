@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmamba.kernels import scan2d_segments as segments
+from vmamba.kernels.gpu import GPU
 from vmamba.kernels.scan2d_segments import Scan
-from vmamba.kernels.selective_scan_plan import GPU, StateLanes
+from vmamba.kernels.selective_scan_plan import StateLanes
 
 SHARES = (4, 2, 1)  # states that a lane may have, the cheapest first
 LANES = 4, 8, 16  # of a channel

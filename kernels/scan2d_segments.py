@@ -28,9 +28,17 @@ class Scan(NamedTuple):
     length: int
 
 
-def steps(length: int, count: int) -> int:
-    """Of each of so many segments: whole chunks."""
-    return max(1, -(-length // (count * CHUNK))) * CHUNK
+class Cut(NamedTuple):
+    """Segments of a route: steps of each, whole chunks, but that the last may have fewer; and how many there are."""
+
+    per: int
+    count: int
+
+
+def cut(length: int, count: int) -> Cut:
+    """Into so many segments, or fewer where chunks are few."""
+    per = max(1, -(-length // (count * CHUNK))) * CHUNK
+    return Cut(per, -(-length // per))
 
 
 def counts(blocks: int, resident: int, processors: int, length: int) -> list[int]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from vmamba.kernels import scan2d_ends_triton as ends
 from vmamba.kernels import scan2d_segments as segments
 from vmamba.kernels.backends import other_types
+from vmamba.kernels.gpu import gpu_of
 from vmamba.kernels.scan2d_ends_triton import entering, part_of_route
-from vmamba.kernels.selective_scan_cuda import gpu_of
 from vmamba.kernels.selective_scan_reference import CHUNK
 from vmamba.kernels.selective_scan_triton import STEPS, _on, _scan, _step_size
 
@@ -235,12 +235,11 @@ def forward(
     wide = n == 1 and b * triton.cdiv(d, WIDE["BD"]) >= PROGRAMS
     groups, grid, options = _launch(x, dt_proj, routes, n, WIDE if wide else LONG)
     y = _slices(x, groups, options["WHOLE"])
-    cuts = _cuts(grid[0] * k, length, x.device) if groups == k else 1
-    per = segments.steps(length, cuts)
+    cut = segments.cut(length, _cuts(grid[0] * k, length, x.device) if groups == k else 1)
     with _on(x):
-        found = ends.find(True, *tensors[:4], *tensors[5:], per) if cuts > 1 else (y, y)
-        sizes, grid = (p, k, length, d, k // groups, per, b), (grid[0], groups * triton.cdiv(length, per))
-        flags = {"CHUNK": CHUNK, "LOG_A": False, "CUT": cuts > 1}
+        found = ends.find(True, *tensors[:4], *tensors[5:], cut) if cut.count > 1 else (y, y)
+        sizes, grid = (p, k, length, d, k // groups, cut.per, b), (grid[0], groups * cut.count)
+        flags = {"CHUNK": CHUNK, "LOG_A": False, "CUT": cut.count > 1}
         _forward_kernel[grid](*tensors, y, states, *found, *sizes, **flags, **options)
     return _total(y), states
 
@@ -284,14 +283,15 @@ def backward(
     dx = _slices(x, abreast, whole)
     new = states.new_empty if whole else states.new_zeros
     dBC = new(triton.cdiv(d, BACK["BD"]), b, p, k, 2 * n)
-    cuts = _cuts(blocks * k, length, x.device) if abreast == k else 1
-    per = segments.steps(length, cuts)
-    parts = b * triton.cdiv(length, per)
+    cut = segments.cut(length, _cuts(blocks * k, length, x.device) if abreast == k else 1)
+    parts = b * cut.count
     dA, carry = states.new_empty(parts, k, BACK["S"], d, n), states.new_empty(parts, k, d, n)
     dD, dbias = states.new_empty(parts, k, d), states.new_empty(parts, k, d)
     dprojected, ddt_proj = torch.empty_like(projected), torch.empty_like(dt_proj)
     with _on(x):
-        found = ends.find(False, dy, projected, dt_proj.contiguous(), A, bias, routes, per) if cuts > 1 else (dx, dx)
+        found = (
+            ends.find(False, dy, projected, dt_proj.contiguous(), A, bias, routes, cut) if cut.count > 1 else (dx, dx)
+        )
         for start in range(0, k, at_once):
             these = slice(start, min(start + at_once, k))
             factor = projected[:, :, these, :rank].transpose(1, 2)  # (b, routes, p, r)
@@ -299,10 +299,10 @@ def backward(
             raw = (factor @ weight.mT).contiguous()  # (b, routes, p, d)
             draw = torch.empty_like(raw) if whole else torch.zeros_like(raw)
             for route in range(these.start, these.stop, abreast):
-                _backward_kernel[(blocks, abreast * (parts // b))](
+                _backward_kernel[(blocks, abreast * cut.count)](
                     dy, states, x, raw, projected, A, D, bias, routes, dx, draw, dBC, dA, dD, dbias, carry, *found,
-                    p, k, length, d, route, route - start, raw.shape[1], int(route > 0 or not whole), per, b,
-                    n, rank, CUT=cuts > 1, **BACK,
+                    p, k, length, d, route, route - start, raw.shape[1], int(route > 0 or not whole), cut.per, b,
+                    n, rank, CUT=cut.count > 1, **BACK,
                 )  # fmt: skip
             dprojected[:, :, these, :rank] = (draw @ weight).transpose(1, 2)
             ddt_proj[these] = (draw.mT @ factor).sum(0, dtype=torch.float32)

@@ -17,6 +17,14 @@ __device__ __forceinline__ void load_weights(float4 (&to)[KS][2][32], const floa
     }
 }
 
+// The factors of delta, as the tensor cores take them, of a warp's steps: lane j holds where the row of step j % 8 begins, in bytes
+__device__ __forceinline__ void load_factors(u16 (&to)[2 * KS], const u16* own, unsigned row) {
+    int lane = threadIdx.x & 31;
+    unsigned mine = __shfl_sync(ALL, row, lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 2 * KS; i++) to[i] = fetch(own, mine + min(i * 4 + (lane & 3), R - 1) * 2);
+}
+
 // Delta of a warp's steps before its bias, projected from the factors that its lanes hold
 struct Projection {
     float half[2][4];  // channels

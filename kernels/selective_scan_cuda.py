@@ -15,6 +15,7 @@ from torch import Tensor
 from vmamba.kernels import nvrtc
 from vmamba.kernels import selective_scan_plan as plans
 from vmamba.kernels.backends import other_types
+from vmamba.kernels.gpu import gpu_of
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 SOURCE = Path(__file__).with_name("selective_scan.cu")
@@ -150,14 +151,6 @@ def _forward_plan(sequences: int, channels: int, states: int, device: torch.devi
 @cache
 def _backward_plan(sequences: int, channels: int, states: int, device: torch.device, length: int) -> Plan:
     return plans.backward(sequences, channels, states, gpu_of(device), length)
-
-
-@cache
-def gpu_of(device: torch.device) -> plans.GPU:
-    """What a plan needs to know of it."""
-    found = torch.cuda.get_device_properties(device)
-    shared = getattr(found, "shared_memory_per_block_optin", plans.GPU._field_defaults["shared"])
-    return plans.GPU(found.multi_processor_count, shared)
 
 
 def _backward_defines(plan: Plan, states: int, has_z: bool, length: int) -> tuple[int, tuple[str, ...]]:

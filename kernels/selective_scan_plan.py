@@ -5,6 +5,7 @@ Constants were measured on an H200 (132 multiprocessors); docs/performance.md ha
 
 from typing import NamedTuple
 
+from vmamba.kernels.gpu import GPU
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 # states that a lane may have, the cheapest first: ns that the forward takes of a multiprocessor for a step of 4 warps,
@@ -20,19 +21,7 @@ MOST_THREADS = 384  # of a block, where lanes share steps
 SHORT = 1024  # steps; the last chunk of longer ones is like the others; no segment of the backward is shorter
 MOST_SEGMENTS = 64
 TWICE = 1.4  # what a backward in segments takes of one that is not cut, for the pass before it
-RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 WORTH = 2  # times less work for the busiest multiprocessor, or there are no segments
-
-
-class GPU(NamedTuple):
-    """Its multiprocessors, and bytes of shared memory that a block may have (by default, what any from 8.0 on has)."""
-
-    processors: int
-    shared: int = 99 * 1024
-
-    def blocks(self, shared: int) -> int:
-        """Of a multiprocessor that have memory beside each other, where each takes so many bytes."""
-        return (self.shared + RESERVED) // (shared + RESERVED)
 
 
 class StateLanes(NamedTuple):

@@ -22,6 +22,7 @@ from vmamba.kernels import (
     stored,
 )
 from vmamba.kernels import selective_scan_plan as plans
+from vmamba.kernels.gpu import GPU
 
 pytestmark = pytest.mark.skipif(nvrtc._library() is None, reason="PyTorch came without NVRTC")
 
@@ -188,7 +189,7 @@ def test_a_launch_that_fails_is_told(driver):
 def test_selective_scan_compiles(dtype, n, d, z, few):
     u, maps = torch.zeros(1, 1, 1, d, dtype=dtype), torch.zeros(1, 1, 1, n, dtype=dtype)
     tensors = (u, u, torch.zeros(1, d, n), maps, maps, torch.zeros(1, d), u if z else None, None)
-    inputs, gpu = selective_scan_cuda.Inputs(tensors, True), plans.GPU(132 if few else 1, 227 * 1024)
+    inputs, gpu = selective_scan_cuda.Inputs(tensors, True), GPU(132 if few else 1, 227 * 1024)
     forward, backward = plans.forward(1, 64, n, gpu, 1970), plans.backward(1 if few else 1 << 10, 64, n, gpu)
     assert isinstance(backward, plans.StepLanes) == few
     for source, names, plan, more in (

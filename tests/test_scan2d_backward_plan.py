@@ -8,7 +8,7 @@ import torch
 from vmamba.kernels import nvrtc, scan2d_cuda
 from vmamba.kernels import scan2d_backward_plan as plans
 from vmamba.kernels import scan2d_segments as segments
-from vmamba.kernels.selective_scan_plan import GPU
+from vmamba.kernels.gpu import GPU
 
 LARGE, SMALL = GPU(132, 227 * 1024), GPU(20)
 NETWORKS = [  # samples, channels, routes, states, ranks
@@ -72,10 +72,8 @@ def test_few_blocks_take_one_route_each_and_many_share_the_memory_for_sums():
 def test_it_compiles(architecture, states, rank, settings):
     plan = plans.lanes(states, rank, LARGE.shared)
     assert plan is not None
-    told = (
-        scan2d_cuda.backward_defines(plan, *settings, log_A=True),
-        scan2d_cuda._sizes(settings[0], states, rank, True),
-    )
+    sizes = scan2d_cuda._sizes(settings[0], states, rank, True)
+    told = scan2d_cuda.backward_defines(plan, *settings, log_A=True), sizes
     sources = (scan2d_cuda.LANES_BACKWARD, b"backward"), (scan2d_cuda.SUMS, b"totals")
     for defines, (source, name) in zip(told, sources, strict=True):
         flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{define}" for define in defines)]

@@ -4,8 +4,8 @@ import pytest
 
 from vmamba.kernels import scan2d_cuda
 from vmamba.kernels import scan2d_plan as plans
+from vmamba.kernels.gpu import GPU
 from vmamba.kernels.scan2d_segments import Scan
-from vmamba.kernels.selective_scan_plan import GPU
 
 SHARED = 99 * 1024  # bytes that a block may have on any GPU from compute capability 8.0 on
 

@@ -4,7 +4,7 @@ import pytest
 
 from vmamba.kernels import scan2d_cuda
 from vmamba.kernels import scan2d_segments as segments
-from vmamba.kernels.selective_scan_plan import GPU
+from vmamba.kernels.gpu import GPU
 from vmamba.kernels.selective_scan_reference import CHUNK
 
 
@@ -14,9 +14,8 @@ def test_segments_are_whole_chunks_and_not_too_short(blocks, length):
     counts = segments.counts(blocks, 3, 132, length)
     assert counts[0] == 1 and counts == sorted(set(counts))
     for count in counts:
-        per = segments.steps(length, count)
-        cut = -(-length // per)
-        assert not per % CHUNK and 1 <= cut <= count <= segments.MOST
+        per, cut = segments.cut(length, count)
+        assert not per % CHUNK and 1 <= cut <= count <= segments.MOST and (cut - 1) * per < length <= cut * per
         assert count == 1 or (length >= segments.LONG and per >= segments.SHORTEST and blocks * cut <= 3 * 132)
 
 
@@ -35,11 +34,8 @@ def test_busy_multiprocessors_take_rounds():
 @pytest.mark.parametrize(
     "name, sizes, cut",
     [
-        (
-            "forward",
-            (1, 96, 1, 6, 4, 65536),
-            33,
-        ),  # VMamba-T's first stage, one image of 1024 x 1024
+        # VMamba-T's first stage, one image of 1024 x 1024
+        ("forward", (1, 96, 1, 6, 4, 65536), 33),
         ("backward", (1, 96, 1, 6, 4, 65536), 22),
         ("forward", (1, 96, 1, 6, 4, 3136), 11),  # of 224 x 224
         ("forward", (8, 96, 1, 6, 4, 3136), 1),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vmamba.kernels import selective_scan_cuda, selective_scan_plan, selective_scan_reference, selective_scan_triton
+from vmamba.kernels.gpu import gpu_of
 
 pytestmark = pytest.mark.gpu
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "bias")
@@ -100,7 +101,7 @@ CUDA_CASES = [  # type, whether there are D, z and bias, channels
 @pytest.mark.parametrize("plan", PLANS)
 def test_values_and_gradients_of_cuda(length, n, dtype, plan, extras, d, monkeypatch):
     backward, processors = PLANS[plan]
-    gpu = selective_scan_cuda.gpu_of(torch.device("cuda"))._replace(processors=processors)
+    gpu = gpu_of(torch.device("cuda"))._replace(processors=processors)
     forward = selective_scan_plan.forward
     monkeypatch.setattr(selective_scan_plan, "MANY_WARPS", 0)
     monkeypatch.setattr(selective_scan_cuda, "_forward_plan", lambda *sizes: forward(*sizes[:3], gpu, length))
@@ -114,7 +115,7 @@ def test_values_and_gradients_of_cuda(length, n, dtype, plan, extras, d, monkeyp
 def test_few_long_sequences(length, gated):
     """As they are planned: cut into segments in the forward, chunks of several lengths at the end."""
     u, delta, A, B, C, D, z, bias = scan_inputs(length, 16, torch.bfloat16, b=1, k=1, d=48)
-    assert selective_scan_plan.forward(1, 48, 16, selective_scan_cuda.gpu_of(u.device), length).segments >= 4
+    assert selective_scan_plan.forward(1, 48, 16, gpu_of(u.device), length).segments >= 4
     check_cuda((u, delta, A, B, C, D, z if gated else None, bias))
 
 

@@ -3,9 +3,10 @@
 import pytest
 
 from vmamba.kernels import selective_scan_plan as plans
+from vmamba.kernels.gpu import GPU
 from vmamba.kernels.selective_scan_cuda import STATES
 
-H200 = plans.GPU(132, 227 * 1024)
+H200 = GPU(132, 227 * 1024)
 SIZES = [(128, 384, 197), (8, 384, 6085), (4, 384, 16385), (32, 192, 3136), (1, 384, 65536), (2, 7, 1)]
 
 
@@ -55,7 +56,7 @@ def test_segments_of_the_backward(sequences, channels, length, segments):
     assert isinstance(plan, plans.StepLanes) and plan.segments == segments
 
 
-@pytest.mark.parametrize("gpu", [H200, plans.GPU(20), plans.GPU(1)], ids=str)
+@pytest.mark.parametrize("gpu", [H200, GPU(20), GPU(1)], ids=str)
 @pytest.mark.parametrize("states", STATES)
 def test_every_state_has_its_lane(states, gpu):
     for sequences, channels, length in SIZES:
