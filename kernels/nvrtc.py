@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -19,7 +19,6 @@ from torch import Tensor
 
 COMMON = Path(__file__).with_name("scan_common.cu")
 SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-NUMBERS = (int, float)
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -32,19 +31,19 @@ class Kernel:
         self._slots: _Slots | None = None
 
     def __call__(self, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
-        """Launch on the device's current stream; tensors are passed as pointers, numbers in 32 bits.
+        """Launch on the device's current stream; tensors, which come first, are passed as pointers, numbers in 32 bits.
 
         Raises:
             RuntimeError: the driver refuses the launch; struct.error: an integer does not fit in 32 bits.
         """
-        if torch.cuda.current_device() != self.device:
+        if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 return self(grid, threads, *arguments)
-        values = [a if isinstance(a, NUMBERS) else a.data_ptr() for a in arguments]
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        slots = self._slots = self._slots or _Slots(arguments)
+        pointers = map(Tensor.data_ptr, arguments[: slots.tensors])  # pyright: ignore[reportArgumentType]
+        stream = c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         with self._lock:
-            slots = self._slots = self._slots or _Slots(arguments)
-            slots.pack_into(slots.memory, 0, *values)
+            slots.pack_into(slots.memory, 0, *pointers, *arguments[slots.tensors :])
             call = self.function, *grid, 1, threads, 1, 1, self.shared, stream, slots.pointers, None
             status = _cuda().cuLaunchKernel(*call)
             if status == INVALID_CONTEXT:
@@ -58,6 +57,7 @@ class _Slots:
     """Where the arguments of a kernel lie, 8 bytes for each: made once, filled for every launch."""
 
     def __init__(self, arguments: Sequence[Tensor | int | float]):
+        self.tensors = sum(isinstance(a, Tensor) for a in arguments)
         kinds = ("Q" if isinstance(a, Tensor) else "f4x" if isinstance(a, float) else "i4x" for a in arguments)
         self.pack_into = Struct("=" + "".join(kinds)).pack_into
         self.memory = ctypes.create_string_buffer(8 * len(arguments))
@@ -196,9 +196,8 @@ def _candidates() -> Iterator[str]:
 
 @cache
 def _cuda() -> ctypes.CDLL:
-    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    library.cuLaunchKernel.argtypes = (c_void_p, *(c_uint,) * 7, *(c_void_p,) * 3)
-    return library
+    """The driver; of its functions' arguments no types are declared, which ctypes would check at every launch."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def _driver(function: str, *arguments) -> None:

@@ -111,7 +111,7 @@ def driver(monkeypatch):
     def launch(function, *rest):
         *size, stream, pointers, _ = rest
         slots = [ctypes.string_at(pointer, 8) for pointer in pointers]
-        fake.launches.append((function, size, stream, slots, fake.current))
+        fake.launches.append((function, size, stream.value, slots, fake.current))
         return fake.status if fake.context else 201
 
     def explain(status, text):
@@ -142,7 +142,7 @@ def driver(monkeypatch):
     functions = {"cuLaunchKernel": launch, "cuGetErrorString": explain, "cuCtxSetCurrent": enter}
     functions |= {"cuDeviceGet": find, "cuDevicePrimaryCtxRetain": retain}
     monkeypatch.setattr(nvrtc, "_cuda", lambda: SimpleNamespace(**functions))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: fake.current)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: fake.current, raising=False)
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     return fake
@@ -150,17 +150,19 @@ def driver(monkeypatch):
 
 def test_what_a_launch_passes(driver):
     kernel, x, y = nvrtc.Kernel(ctypes.c_void_p(5), 96, 0), torch.ones(3), torch.ones(2)
-    kernel((4, 2), 256, x, -7, 0.5, y)
-    kernel((1, 1), 32, y, 8, 0.25, x)
+    kernel((4, 2), 256, x, y, -7, 0.5)
+    kernel((1, 1), 32, y, x, 8, 0.25)
     (function, size, stream, slots, device), second = driver.launches
     assert (function.value, size, stream, device) == (5, [4, 2, 1, 256, 1, 1, 96], 70, 0)
     assert slots == [
         struct.pack("=Q", x.data_ptr()),
+        struct.pack("=Q", y.data_ptr()),
         struct.pack("=i4x", -7),
         struct.pack("=f4x", 0.5),
-        struct.pack("=Q", y.data_ptr()),
     ]
-    assert second[1] == [1, 1, 1, 32, 1, 1, 96] and second[3][1:3] == [b"\x08" + bytes(7), struct.pack("=f4x", 0.25)]
+    assert second[1] == [1, 1, 1, 32, 1, 1, 96] and second[3][2:] == [b"\x08" + bytes(7), struct.pack("=f4x", 0.25)]
+    with pytest.raises(TypeError):
+        nvrtc.Kernel(ctypes.c_void_p(5), 96, 0)((4, 2), 256, x, -7, y)  # tensors come first
 
 
 def test_a_launch_runs_under_its_device(driver):
