@@ -1,6 +1,8 @@
 """vmamba benchmark: measuring in turn, what becomes of failures, the file, the picture, the operators."""
 
 import json
+import platform
+import resource
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -15,7 +17,7 @@ from torch import Tensor
 from tests.test_cli import refusal
 from vmamba import benchmark, memory
 from vmamba.benchmark import Job, Plan, Work, measure
-from vmamba.clock import graphed
+from vmamba.clock import graphed, with_room
 from vmamba.kernels.causal_conv1d import causal_conv1d
 from vmamba.kernels.delta_rule import delta_rule
 from vmamba.kernels.selective_scan import selective_scan
@@ -26,6 +28,27 @@ from vmamba.tools.cli import main
 
 CPU = torch.device("cpu")
 MIB = 2**20
+
+
+def _faults(depth: int, calls: int = 200) -> int:
+    """Pages that calls of a function in a loop, so many calls deep, take from the system."""
+    if depth:
+        return _faults(depth - 1, calls)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        _empty(0, 0, 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def _empty(a, b, c):
+    pass
+
+
+@pytest.mark.skipif(platform.python_implementation() != "CPython", reason="it is about CPython's frames")
+def test_with_room():
+    depths = range(300)
+    assert max(map(_faults, depths)) >= 200  # a page for each call somewhere: there is something to avoid
+    assert max(with_room(lambda depth=depth: _faults(depth)) for depth in depths) < 100
 
 
 def test_peak_of_a_step():

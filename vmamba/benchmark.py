@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vmamba import memory
-from vmamba.clock import Step, cold_memory, graphed, seconds
+from vmamba.clock import Step, cold_memory, graphed, seconds, with_room
 
 LEAST = 3  # repetitions, whatever they take
 OOM = "OOM"
@@ -76,7 +76,7 @@ def measure(jobs: Sequence[Job], plan: Plan, tell: Callable[[str], object] = lam
             rows.append(row)
             if step is not None:
                 steps[index] = step
-        times, failures = _take_turns(steps, plan, lambda index: tell(rows[index]["name"]))
+        times, failures = with_room(lambda: _take_turns(steps, plan, lambda index: tell(rows[index]["name"])))
     for index, failure in failures.items():
         rows[index] = {**jobs[index].facts, "failure": failure}
     beside = [rows[index]["name"] for index in times]
