@@ -24,7 +24,7 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vmamba.kernels.routes import Table, gather, merge, table_of
@@ -111,8 +111,8 @@ def _import(path: str) -> Routes:
     return cast(Routes, routes)
 
 
-class Scan:
-    """A scan order as a pair of functions, each the other's gradient.
+class Scan(nn.Module):
+    """A scan order as two functions, each the other's gradient; a module without parameters, shown with its mixer.
 
     Scans that are the same function with the same parameters share their tables. A scan is pickled by the name of its
     function, so a lambda cannot be.
@@ -122,6 +122,7 @@ class Scan:
     """
 
     def __init__(self, scan: "str | Routes | Any" = "cross") -> None:
+        super().__init__()
         self.routes = find_routes(scan)
         self.name, self._key = _remember(self.routes)
         self.sides = _sides(self.routes)
@@ -131,7 +132,7 @@ class Scan:
         return f"Scan({self.name!r})"
 
     def __reduce__(self):
-        return Scan, (self.routes,)
+        return Scan, (self.routes,), {"training": self.training}
 
     def order(self, *grid: int) -> Tensor:
         """(k, l), the routes of a grid on the CPU, also where a model is traced or made on the meta device."""
@@ -149,15 +150,26 @@ class Scan:
         Raises:
             ValueError: the scan reads grids with another number of sides.
         """
+        grid = tuple(range(side).stop for side in grid)  # plain numbers: compiling specialises on the size
+        if not torch.compiler.is_dynamo_compiling():
+            return self._find(grid, torch.device(device), per_route)
+        name, *flags = self._prepare(grid, torch.device(device), per_route)
+        return Table(getattr(_prepared, f"routes_{name}"), getattr(_prepared, f"inverse_{name}"), *flags)
+
+    def _find(self, grid: tuple[int, ...], device: torch.device, per_route: bool) -> Table:
         if self.sides not in (None, len(grid)):
             advice = "raster, bidirectional, serpentine and functions routes(*grid) read any grid"
-            raise ValueError(f"scan {self.name!r} reads grids of {self.sides} sides, got {tuple(grid)}; {advice}")
-        grid = tuple(range(side).stop for side in grid)  # plain numbers: compiling specialises on the size
-        key = self._key, grid, torch.device(device), per_route
-        if not torch.compiler.is_dynamo_compiling():
-            return _table(*key)
-        name, *flags = _prepare(*key)
-        return Table(getattr(_prepared, f"routes_{name}"), getattr(_prepared, f"inverse_{name}"), *flags)
+            raise ValueError(f"scan {self.name!r} reads grids of {self.sides} sides, got {grid}; {advice}")
+        return _table(self._key, grid, device, per_route)
+
+    @torch.compiler.assume_constant_result
+    def _prepare(self, grid: tuple[int, ...], device: torch.device, per_route: bool) -> tuple[str, bool, bool, bool]:
+        """Before a graph is made: the name of its table in ``_prepared``, and the table's flags."""
+        table = self._find(grid, device, per_route)
+        name = str(id(table.routes))
+        setattr(_prepared, f"routes_{name}", table.routes)
+        setattr(_prepared, f"inverse_{name}", table.inverse)
+        return name, *table[2:]
 
     def split(self, x: Tensor) -> Tensor:
         """(b, h, w, d) -> (b, k, l, d): the map read along each route."""
@@ -192,16 +204,6 @@ class _Prepared:
 
 
 _prepared = _Prepared()
-
-
-@torch.compiler.assume_constant_result
-def _prepare(*key) -> tuple[str, bool, bool, bool]:
-    """Before a graph is made: the name of its table in ``_prepared``, and the table's flags."""
-    table = _table(*key)
-    name = str(id(table.routes))
-    setattr(_prepared, f"routes_{name}", table.routes)
-    setattr(_prepared, f"inverse_{name}", table.inverse)
-    return name, *table[2:]
 
 
 def _sides(routes: Routes) -> int | None:

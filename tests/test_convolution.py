@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vmamba import block
 from vmamba.block import Conv2d
 
 CASES = [  # map, channels, kernel, stride, padding, dilation, and whether the weights outweigh it
@@ -41,3 +42,25 @@ def test_others_are_pytorchs(options):
     assert not conv._outweighs(torch.randn(1, 4, 4, 5))
     with torch.no_grad():
         assert conv(torch.randn(1, 4, 4, 5)).shape[-1] == 60
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_for_small_maps_on_a_gpu(device, monkeypatch):
+    torch.manual_seed(0)
+    conv, x = Conv2d(5, 16, 3, 2, 1).to(device), torch.randn(2, 9, 7, 5, device=device)
+    if device == "cpu":
+        monkeypatch.setattr(block, "inlines", lambda x: not torch.is_grad_enabled())
+        monkeypatch.setattr(Conv2d, "_outweighs", lambda conv, x: True)
+    operators = []
+
+    def backend(graph, inputs):
+        operators.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled, expected = torch.compile(conv, backend=backend, fullgraph=True), conv(x)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), expected, atol=1e-5)
+        assert F.unfold in operators and torch.conv2d not in operators
+    operators.clear()
+    assert torch.allclose(compiled(x), expected, atol=1e-5)  # with gradients
+    assert F.unfold not in operators and operators

@@ -67,7 +67,7 @@ def test_like_mmengine(tmp_path, capsys):
     model = built(cfg, "mmseg")
     theirs = get_model_complexity_info(model, (3, 64, 64), show_table=False, show_arch=False)["flops"]
     ours = count(model, (64, 64))
-    assert ours["resizing"] > 0 and ours["batched products"] > 0
+    assert ours["resizing"] > 0 and ours["matrix products"] > 0
     assert sum(ours.values()) - ours["norms"] <= theirs <= sum(ours.values()) * 1.02
     path = written(tmp_path / "segmentor.py", "mmseg", cfg)
     assert main(["info", path, "--input-size", "64"]) == 0

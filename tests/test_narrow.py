@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
@@ -234,6 +235,42 @@ def test_compiled():
     assert all(two.any() for two in results[0][1:])
     with torch.no_grad():
         assert torch.allclose(autocast(compiled, x), autocast(mlp, x), rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_inference_casts_a_stage_in_one_operator():
+    model, x, casts = network(depths=(2, 1)), image(), []
+
+    def backend(graph, inputs):
+        casts.append(sum(node.target is torch.ops.aten._foreach_copy.default for node in graph.graph.nodes))
+        return graph
+
+    with torch.no_grad():
+        plain = autocast(torch.compile(model, backend=backend, fullgraph=True), x)
+        assert torch.equal(plain, autocast(model, x)) and casts == [2]
+        torch.compiler.reset()
+        model.stages[0].blocks[1].mlp.register_forward_hook(lambda module, inputs, y: y + 1)  # which must be called
+        hooked = autocast(torch.compile(model, backend=backend, fullgraph=True), x)
+        assert torch.equal(hooked, autocast(model, x)) and not torch.equal(hooked, plain)
+
+
+@pytest.mark.parametrize("name", ["vmamba_tiny_s1l8", "vim_tiny_patch16_224"])
+def test_inference_is_compiled_as_one_graph(name):
+    small = {"depth": 2, "img_size": 32} if name.startswith("vim") else {"depths": (2, 1)}
+    model, x = vmamba.create_model(name, dim=16, num_classes=5, **small).eval(), image()
+    with torch.no_grad():
+        compiled = autocast(torch.compile(model, fullgraph=True, backend="eager"), x)
+        assert torch.allclose(compiled, autocast(model, x), rtol=3e-2, atol=3e-2)
+
+
+def test_compiled_inference_checks_little_before_a_call():
+    """PyTorch passes over a block whose guards are of its modules alone, while none of them was assigned anything."""
+    model = network(depths=(2, 1))
+    torch.compiler.reset()
+    with torch.no_grad():
+        autocast(torch.compile(model, fullgraph=True, backend="eager"), image())
+    (entry,) = _debug_get_cache_entry_list(type(model).forward.__code__)
+    blocks = [line for line in str(entry.guard_manager).splitlines() if "'vmamba.block.Block'>, tag_safe" in line]
+    assert len(blocks) == 3 and all("tag_safe=(True, True)" in line for line in blocks)
 
 
 def kernels(function):

@@ -10,7 +10,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.kernels.backends import eager
+from vmamba.kernels.backends import eager, inlines
 from vmamba.mlp import Mlp
 from vmamba.narrow import FUNCTIONAL, Layer, eager_or_compiled, narrow_together, watched
 from vmamba.norm import LayerNorm
@@ -55,6 +55,11 @@ class Block(nn.Module):
         else:
             self.norm2 = self.mlp = None
 
+    @torch.compiler.assume_constant_result
+    def steps(self) -> bool:
+        """Whether to call :meth:`step` is the same as to call the block."""
+        return type(self) is Block and not watched(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h, w, c)"""
         return self.step(x, self.norm1(x), None, {})[0]
@@ -66,17 +71,18 @@ class Block(nn.Module):
 
         ``calls`` says how mixer and MLP are called, where that is not as modules (:func:`narrow_together`).
         """
-        branch = self.scale1(calls.get(self.mixer, self.mixer)(y))
-        if self.norm2 is not None and self.mlp is not None:
-            x, y = add_branch_then_norm(x, branch, self.drop_path, self.norm2)
-            branch = self.scale2(calls.get(self.mlp, self.mlp)(y))
-        return add_branch_then_norm(x, branch, self.drop_path, norm)
+        mixer, mlp, norm2, drop_path = self.mixer, self.mlp, self.norm2, self.drop_path
+        branch = self.scale1(calls.get(mixer, mixer)(y))
+        if norm2 is not None and mlp is not None:
+            x, y = add_branch_then_norm(x, branch, drop_path, norm2)
+            branch = self.scale2(calls.get(mlp, mlp)(y))
+        return add_branch_then_norm(x, branch, drop_path, norm)
 
 
 def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """``blocks(x)``; what a block adds to the stream and the norm of the next one are one step where they can be."""
-    every = [block for block in blocks if type(block) is Block]
-    if not every or len(every) < len(blocks) or watched(blocks, *every) or not eager_or_compiled(x):
+    every = [block for block in blocks if isinstance(block, Block) and block.steps()]
+    if not every or len(every) < len(blocks) or watched(blocks) or not eager_or_compiled(x):
         return blocks(x)  # a hook, a wrapper, or whoever traces, is to see each block
     norms = [block.norm1 for block in every[1:]] + [None]
     calls = narrow_together(x, [part for block in every for part in (block.mixer, block.mlp) if part is not None])
@@ -111,14 +117,18 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h', w', c')"""
-        if eager(x, self.weight) and x.is_cpu and self._outweighs(x):
+        if (inlines(x) or (eager(x, self.weight) and x.is_cpu)) and self._outweighs(x):
             return self._product(x)
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.filtered(x, self.weight, self.bias)
 
     def _outweighs(self, x: Tensor) -> bool:
-        """Whether PyTorch takes longer to lay the weights out as the map is than to filter its few pixels."""
+        """Whether a product takes less time: on a CPU, where PyTorch takes longer to lay the weights out as the map is
+        than to filter its few pixels; in compiled code on a GPU, which launches it sooner than cuDNN does.
+        """
         if self.groups > 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or not len(x):
             return False
+        if not x.is_cpu:
+            return True
         pixels = len(x) * (x.shape[1] // self.stride[0]) * (x.shape[2] // self.stride[1])
         return self.out_channels >= FEW * pixels and max(self.kernel_size) > 1 and self.weight.is_contiguous()
 

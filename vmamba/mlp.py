@@ -24,12 +24,16 @@ class Mlp(Narrowed, TimmMlp):
     def run(self, x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> Tensor:
         """(..., c) -> (..., c)"""
         fc1, fc2 = layers
-        idle = self.drop1.p == self.drop2.p == 0 and type(self.norm) is nn.Identity
-        if idle and not watched(self.drop1, self.norm, self.drop2):
+        if self.drop1.p == self.drop2.p == 0 and self.drops_alone():
             if ONEDNN is not None and _fuses(x, self.act, *layers):
                 return _linear(_linear(x, self.fc1, "gelu", "none"), self.fc2, "none", "")
             return fc2(self.act(fc1(x)))
         return self.drop2(fc2(self.norm(self.drop1(self.act(fc1(x))))))
+
+    @torch.compiler.assume_constant_result
+    def drops_alone(self) -> bool:
+        """Whether dropout is all that lies between and after the layers but the activation, and nothing watches it."""
+        return type(self.norm) is nn.Identity and not watched(self.drop1, self.norm, self.drop2)
 
 
 def _fuses(x: Tensor, act: nn.Module, *layers: Any) -> bool:

@@ -35,6 +35,16 @@ class Narrowed(nn.Module):
         """What the module computes of x with ``layers`` and ``weights``, which are its :meth:`parts`, perhaps cast."""
         raise NotImplementedError
 
+    @torch.compiler.assume_constant_result
+    def castable(self) -> bool:
+        """:func:`_castable` of its layers, which the compiler asks once."""
+        return _castable(self.parts()[0])
+
+    @torch.compiler.assume_constant_result
+    def runs(self) -> bool:
+        """Whether to call :meth:`run` is the same as to call the module."""
+        return type(self).forward is Narrowed.forward and not watched(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """:meth:`run` with its own parts."""
         cast = narrow(x, [self])
@@ -45,7 +55,8 @@ def narrow(x: Tensor, modules: Sequence[Narrowed]) -> dict[Narrowed, Cast]:
     """The parts of ``modules`` such that autocast finds nothing left to cast, all cast in one launch on a GPU.
 
     A module is left out if a layer of it is of a class that ``FUNCTIONAL`` does not know, or must be called
-    (:func:`watched`); all are where autocast is off, and where something else than autograd watches the tensors.
+    (:func:`watched`), or a weight is not float32; all are where autocast is off, and where something else than autograd
+    watches the tensors.
 
     Args:
         x: what the first of them is called with; its device counts.
@@ -56,8 +67,11 @@ def narrow(x: Tensor, modules: Sequence[Narrowed]) -> dict[Narrowed, Cast]:
     found, wide = {}, []
     for module in modules:
         layers, weights = module.parts()
-        tensors = _tensors(layers, weights)
-        if tensors is not None:
+        if not (module.castable() if torch.compiler.is_dynamo_compiling() else _castable(layers)):
+            continue
+        both = [m._parameters[name] for m in layers for name in NAMES]
+        tensors = [t for t in [*both, *weights] if t is not None]
+        if all([t.dtype is torch.float32 for t in tensors]):
             found[module] = layers, weights
             wide += tensors
     if not wide or not eager_or_compiled(x, *wide):
@@ -66,31 +80,27 @@ def narrow(x: Tensor, modules: Sequence[Narrowed]) -> dict[Narrowed, Cast]:
     return {module: _with(cast, *parts) for module, parts in found.items()}
 
 
-def _tensors(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> list[Tensor] | None:
-    """The weights to cast; None where there is a layer with others than are known, or a weight of another type."""
-    wide = []
-    for layer in layers:
-        if type(layer) not in FUNCTIONAL or watched(layer) or [*layer._parameters] != NAMES:
-            return None
-        wide += [t for t in layer._parameters.values() if t is not None]
-    wide += weights
-    return None if any([t.dtype is not torch.float32 for t in wide]) else wide
+def _castable(layers: Sequence[nn.Module]) -> bool:
+    """Whether ``FUNCTIONAL`` knows every layer and none must be called (:func:`watched`)."""
+    return all([type(m) in FUNCTIONAL and [*m._parameters] == NAMES for m in layers]) and not watched(*layers)
 
 
 def _with(cast: Iterator[Tensor], layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> Cast:
-    own = [{name: t if t is None else next(cast) for name, t in layer._parameters.items()} for layer in layers]
-    run = [FUNCTIONAL[type(layer)](layer, **pair) for layer, pair in zip(layers, own, strict=True)]
+    run = []
+    for layer in layers:
+        weight, bias = next(cast), None if layer._parameters["bias"] is None else next(cast)
+        run.append(FUNCTIONAL[type(layer)](layer, weight=weight, bias=bias))
     return run, [next(cast) for _ in weights]
 
 
 def narrow_together(x: Tensor, modules: Sequence[nn.Module]) -> dict[nn.Module, Layer]:
     """How to call those of ``modules``, in this forward pass alone, whose weights were cast together, for maps like x.
 
-    The compiler, which sees all casts, is left alone.
+    Where training is compiled each module casts its own, and each gradient is cast as soon as it is there.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
         return {}
-    known = [m for m in modules if isinstance(m, Narrowed) and type(m).forward is Narrowed.forward and not watched(m)]
+    known = [m for m in modules if isinstance(m, Narrowed) and m.runs()]
     return {m: partial(m.run, layers=layers, weights=w) for m, (layers, w) in narrow(x, known).items()}
 
 
@@ -100,7 +110,10 @@ def eager_or_compiled(*tensors: Tensor) -> bool:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether one of these modules must be called: it has hooks or its own ``forward``, or was compiled by itself."""
+    """Whether one of these modules must be called: it has hooks or its own ``forward``, or was compiled by itself.
+
+    Compiled code has asked when it was compiled: as with PyTorch's modules, hooks that come later are not seen.
+    """
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True

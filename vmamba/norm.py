@@ -3,6 +3,7 @@
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vmamba.kernels import layer_norm_cuda, nvrtc
 from vmamba.kernels.backends import choose, eager
@@ -31,18 +32,19 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., c) -> (..., c)"""
+        weight, bias = self.weight, self.bias
         if not input.is_cuda:
-            return super().forward(input)
-        if not eager(input, self.weight, self.bias):
-            if opaque(input, self.weight, self.bias):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        if not eager(input, weight, bias):
+            if opaque(input, weight, bias):
                 dtype = result_type(self, input)
-                return residual_norm(input, None, None, self.weight, self.bias, eps=self.eps, dtype=dtype)[0]
-            return super().forward(input)
+                return residual_norm(input, None, None, weight, bias, eps=self.eps, dtype=dtype)[0]
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
         dtype = result_type(self, input)
-        backend = choose("layer_norm", "", input, self.weight, self.bias)
+        backend = choose("layer_norm", "", input, weight, bias)
         if input.numel() < backend.LEAST:
-            return super().forward(input).to(dtype)
-        return backend.forward(input, self.weight, self.bias, self.eps, dtype)
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(dtype)
+        return backend.forward(input, weight, bias, self.eps, dtype)
 
 
 def result_type(norm: LayerNorm, input: Tensor) -> torch.dtype:

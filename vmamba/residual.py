@@ -38,11 +38,10 @@ def add_branch_then_norm(
 
 
 def _fits(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: LayerNorm) -> bool:
-    plain = type(norm) is LayerNorm and type(drop_path) in PATHS and not watched(norm, drop_path)
-    if not plain or not x.is_cuda or x.shape != branch.shape:
+    if not x.is_cuda or x.shape != branch.shape or not opaque(x, branch, cast(Tensor, norm.weight)):
         return False
     widens = x.dtype is not branch.dtype and not (x.dtype is torch.float32 and branch.dtype in HALF)
-    return not widens and opaque(x, branch, cast(Tensor, norm.weight))
+    return not widens and type(norm) is LayerNorm and type(drop_path) in PATHS and not watched(norm, drop_path)
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:

@@ -38,15 +38,15 @@ class Sight:
         self._kept: dict[Any, Any] = {}  # masks and tables of the cells that are set
         self._grids: list[tuple[int, ...]] = []
         self._convolutions = [m for m in network.modules() if isinstance(m, CONVOLUTIONS)]
-        for module in network.modules():
+        for module in list(network.modules()):
             if isinstance(module, (*CONVOLUTIONS, *mixing)) and set(getattr(module, "kernel_size", ())) != {1}:
                 module.register_forward_pre_hook(self._blank_last if isinstance(module, Conv2d) else self._blank_first)
             if isinstance(module, NORMS):
                 module.register_forward_pre_hook(self._pick)
                 module.register_forward_hook(self._put_back)
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Scan):
-                    setattr(module, name, VisibleScan(value, self))
+            for name, child in list(module._modules.items()):  # also one that has two names
+                if isinstance(child, Scan):
+                    setattr(module, name, VisibleScan(child, self))
 
     @contextmanager
     def on(self, cells: Tensor, order: Tensor | None = None) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,19 +84,19 @@ class GatedMixer(Narrowed):
 
     def _activated(self, x: Tensor, conv: Layer) -> Tensor:
         """The activation of the convolution; one kernel on a GPU, without gradients, which cuDNN computes faster."""
-        act = self.act
-        if torch.is_grad_enabled():
-            return act(conv(x))
-        if not (type(act) is nn.SiLU and _is_depthwise(conv) and not watched(conv, act) and fused(x, conv.weight)):
-            return act(conv(x))
-        if torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.get_autocast_dtype("cuda"))
-        return depthwise_silu(x, conv.weight, conv.bias)
+        if not torch.is_grad_enabled() and self.filters_depthwise():
+            weight, bias = cast(Conv2d, self.conv).weight, cast(Conv2d, self.conv).bias
+            if fused(x, weight):
+                dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+                return depthwise_silu(x.to(dtype), weight, bias)
+        return self.act(conv(x))
 
-
-def _is_depthwise(conv: Layer) -> TypeGuard[Conv2d]:
-    """Whether it filters each channel by itself, and the map keeps its size."""
-    if type(conv) is not Conv2d or not conv.groups == conv.in_channels == conv.out_channels:
-        return False
-    same = conv.padding == tuple(size // 2 for size in conv.kernel_size)
-    return same and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    @torch.compiler.assume_constant_result
+    def filters_depthwise(self) -> bool:
+        """Whether the convolution filters each channel by itself, the map keeps its size, and SiLU follows."""
+        conv, act = self.conv, self.act
+        if type(conv) is not Conv2d or not conv.groups == conv.in_channels == conv.out_channels:
+            return False
+        same = conv.padding == tuple(size // 2 for size in conv.kernel_size)
+        plain = conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        return same and plain and type(act) is nn.SiLU and not watched(conv, act)

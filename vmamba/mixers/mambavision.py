@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.mixers.selective import EVERY, SelectiveScans
+from vmamba.mixers.selective import SelectiveScans
 from vmamba.scans import Scan
 
 
@@ -71,7 +71,7 @@ class MambaVisionMixer(SelectiveScans):
         self.make_scans(dim // 2, routes=self.scan.count, state=state, rank=rank or math.ceil(dim / 16), **dd)
         self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
 
-    def step_bias(self, group: slice = EVERY) -> Tensor:
+    def step_bias(self, group: slice | None = None) -> Tensor:
         """Twice ``dt_bias``: the original adds it in the projection, and once more in the scan."""
         return 2 * super().step_bias(group)
 

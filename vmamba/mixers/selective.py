@@ -12,8 +12,6 @@ from vmamba.mixers.gated import GatedMixer
 from vmamba.mixers.heads import init_step_bias
 from vmamba.scans import Scan
 
-EVERY = slice(None)
-
 
 class SelectiveScans(nn.Module):
     """k selective scans of d channels; a mixer that derives from this class calls :meth:`make_scans` once."""
@@ -39,37 +37,37 @@ class SelectiveScans(nn.Module):
             self.A_log.copy_(torch.arange(1, self.state + 1, device=self.A_log.device).log())
             self.D.fill_(1)
 
-    def project(self, x: Tensor, group: slice = EVERY, x_proj: Tensor | None = None) -> Tensor:
-        """(b, h, w, d) -> (b, h, w, k, r + 2n): delta's factor, B and C of each pixel for the routes ``group``.
+    def project(self, x: Tensor, group: slice | None = None, x_proj: Tensor | None = None) -> Tensor:
+        """(..., d) -> (..., k, r + 2n): delta's factor, B and C of each pixel for the routes ``group`` (None: all).
 
         ``x_proj``: theirs, (k, r + 2n, d), where the caller has cast it to the type that autocast computes in.
         """
         x_proj = _of(self.x_proj, group) if x_proj is None else x_proj
-        return F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2])
+        return F.linear(x, x_proj.flatten(0, 1)).reshape(*x.shape[:-1], *x_proj.shape[:2])
 
-    def decay(self, group: slice = EVERY) -> Tensor:
+    def decay(self, group: slice | None = None) -> Tensor:
         """A, (k, d, n), of the routes ``group``; float32 or wider."""
         A_log = _of(self.A_log, group)
         return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
-    def step_bias(self, group: slice = EVERY) -> Tensor:
+    def step_bias(self, group: slice | None = None) -> Tensor:
         """What is added to delta before the softplus, (k, d), of the routes ``group``."""
         return _of(self.dt_bias, group)
 
-    def scan_along(self, x: Tensor, scan: Scan, group: slice = EVERY, x_proj: Tensor | None = None) -> Tensor:
+    def scan_along(self, x: Tensor, scan: Scan, group: slice | None = None, x_proj: Tensor | None = None) -> Tensor:
         """(b, h, w, d) -> (b, h, w, d) in float32 (float64 for float64): along each route of ``scan``, summed.
 
         ``group`` selects the parameters; it has as many routes as ``scan``. ``x_proj``: as in :meth:`project`.
         """
         h, w = x.shape[1:3]
-        projected = self.project(x, group, x_proj).flatten(1, 2)
+        pixels = x.flatten(1, 2)
+        projected = self.project(pixels, group, x_proj)
         dt_proj, D, bias = _of(self.dt_proj, group), _of(self.D, group), self.step_bias(group)
         table = scan.table(h, w, x.device)
         A_log = _of(self.A_log, group)
-        y = scan2d(x.flatten(1, 2), projected, dt_proj, A_log, D, bias, table, log_A=True)
-        return y.unflatten(1, (h, w))
+        return scan2d(pixels, projected, dt_proj, A_log, D, bias, table, log_A=True).reshape(x.shape)
 
-    def scan_steps(self, x: Tensor, scan: Scan, group: slice = EVERY) -> Tensor:
+    def scan_steps(self, x: Tensor, scan: Scan, group: slice | None = None) -> Tensor:
         """(b, h, w, d) -> (b, k, l, d): what :meth:`scan_along` sums, step by step along each route."""
         dt, B, C = scan.split_each(self.project(x, group)).split([self.rank, self.state, self.state], -1)
         delta = dt @ _of(self.dt_proj, group).to(dt.dtype).mT
@@ -77,9 +75,9 @@ class SelectiveScans(nn.Module):
         return route_scan(scan.split(x), delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
 
 
-def _of(parameter: Tensor, group: slice) -> Tensor:
-    """The part that the routes ``group`` have of a parameter (k, ...); itself for every route."""
-    return parameter if group is EVERY else parameter[group]
+def _of(parameter: Tensor, group: slice | None) -> Tensor:
+    """The part that the routes ``group`` have of a parameter (k, ...); itself for None."""
+    return parameter if group is None else parameter[group]
 
 
 class SelectiveMixer(SelectiveScans, GatedMixer):
