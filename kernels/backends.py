@@ -55,7 +55,7 @@ def choose(operator: str, requested: str, *tensors: Tensor | None) -> ModuleType
     present = [t for t in tensors if t is not None]
     if not explicit:
         for name in available(operator):
-            if _refuses(operator, name, present) is None:
+            if why_not(operator, name, *present) is None:
                 return _module(operator, name)
     reason = why_not(operator, _known(explicit), *present)
     if reason is None:
@@ -74,11 +74,6 @@ def why_not(operator: str, name: str, *tensors: Tensor) -> str | None:
     """Why backend ``name`` cannot run ``operator`` on ``tensors``; None where it can."""
     if name not in available(operator):
         return f"{operator} has no {name!r} implementation (it has {', '.join(available(operator))})"
-    return _refuses(operator, name, tensors)
-
-
-def _refuses(operator: str, name: str, tensors: Sequence[Tensor]) -> str | None:
-    """:func:`why_not` for a backend that there is."""
     device, devices = tensors[0].device.type, DEVICES.get(name)
     if devices and device not in devices and not _interpreted(name):
         return f"it needs tensors on {' or '.join(devices)}, these are on {device}"

@@ -50,7 +50,6 @@ def test_compiled_for_small_maps_on_a_gpu(device, monkeypatch):
     conv, x = Conv2d(5, 16, 3, 2, 1).to(device), torch.randn(2, 9, 7, 5, device=device)
     if device == "cpu":
         monkeypatch.setattr(block, "inlines", lambda x: not torch.is_grad_enabled())
-        monkeypatch.setattr(Conv2d, "_outweighs", lambda conv, x: True)
     operators = []
 
     def backend(graph, inputs):

@@ -117,18 +117,18 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, w, c) -> (b, h', w', c')"""
-        if (inlines(x) or (eager(x, self.weight) and x.is_cpu)) and self._outweighs(x):
-            return self._product(x)
-        return self.filtered(x, self.weight, self.bias)
+        return self._product(x) if self._outweighs(x) else self.filtered(x, self.weight, self.bias)
 
     def _outweighs(self, x: Tensor) -> bool:
         """Whether a product takes less time: on a CPU, where PyTorch takes longer to lay the weights out as the map is
         than to filter its few pixels; in compiled code on a GPU, which launches it sooner than cuDNN does.
         """
-        if self.groups > 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or not len(x):
+        if self.groups > 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
-        if not x.is_cpu:
-            return True
+        if inlines(x):
+            return len(x) > 0
+        if not (eager(x, self.weight) and x.is_cpu and len(x)):
+            return False
         pixels = len(x) * (x.shape[1] // self.stride[0]) * (x.shape[2] // self.stride[1])
         return self.out_channels >= FEW * pixels and max(self.kernel_size) > 1 and self.weight.is_contiguous()
 

@@ -33,18 +33,15 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(..., c) -> (..., c)"""
         weight, bias = self.weight, self.bias
-        if not input.is_cuda:
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-        if not eager(input, weight, bias):
-            if opaque(input, weight, bias):
-                dtype = result_type(self, input)
-                return residual_norm(input, None, None, weight, bias, eps=self.eps, dtype=dtype)[0]
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-        dtype = result_type(self, input)
-        backend = choose("layer_norm", "", input, weight, bias)
-        if input.numel() < backend.LEAST:
+        if input.is_cuda and eager(input, weight, bias):
+            dtype, backend = result_type(self, input), choose("layer_norm", "", input, weight, bias)
+            if input.numel() >= backend.LEAST:
+                return backend.forward(input, weight, bias, self.eps, dtype)
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(dtype)
-        return backend.forward(input, weight, bias, self.eps, dtype)
+        if input.is_cuda and opaque(input, weight, bias):
+            dtype = result_type(self, input)
+            return residual_norm(input, None, None, weight, bias, eps=self.eps, dtype=dtype)[0]
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 def result_type(norm: LayerNorm, input: Tensor) -> torch.dtype:

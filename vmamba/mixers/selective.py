@@ -59,11 +59,10 @@ class SelectiveScans(nn.Module):
 
         ``group`` selects the parameters; it has as many routes as ``scan``. ``x_proj``: as in :meth:`project`.
         """
-        h, w = x.shape[1:3]
         pixels = x.flatten(1, 2)
         projected = self.project(pixels, group, x_proj)
         dt_proj, D, bias = _of(self.dt_proj, group), _of(self.D, group), self.step_bias(group)
-        table = scan.table(h, w, x.device)
+        table = scan.grid_table(x.shape[1:3], x.device)
         A_log = _of(self.A_log, group)
         return scan2d(pixels, projected, dt_proj, A_log, D, bias, table, log_A=True).reshape(x.shape)
 
